@@ -74,7 +74,7 @@ BOUNDS = {
     "data round trip, float32": (0.05, 0.5),
     "data round trip, float64": (0.005, 0.05),
     "latent round trip, float32": (1e-4, 1e-3),
-    "latent round trip, float64": (1e-5, 1e-3),
+    "latent round trip, float64": (1e-5, 1e-4),
     # The distance of a density's integral from 1, or by which a sum of probabilities exceeds 1.
     "integral": (0.01, 0.05),
     # Nats by which the likeliest image of uniform noise is below the entropy, D log Q.
