@@ -73,9 +73,9 @@ def round_trip(
         reason = "more than rounding: a wrong inverse, or one that stops too early" if wrong else ""
         notes.add(checks[0], distance, inputs=inputs, harmless=harmless, reason=reason)
         if not adds_noise(flow):
-            error = _bits(*latents)
-            solved = isinstance(one, ForeignModel) and one is precise and bool(error < TOLERANCE)
-            notes.add(checks[1], error, inputs=inputs, harmless=harmless or solved)
+            apart = _bits(*latents)
+            solved = isinstance(one, ForeignModel) and one is precise and bool(apart < TOLERANCE)
+            notes.add(checks[1], apart, inputs=inputs, harmless=harmless or solved)
         if z is None and one is flow:
             finite = are_finite(back)
             same = flow.dequantizer.to_data(back[finite]) == images[finite]
