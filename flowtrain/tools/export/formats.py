@@ -119,11 +119,19 @@ def _forget_sources(graph: Any) -> None:
 
 
 def runner(content: bytes, to: Format) -> Run:
-    """The function of a file, by onnxruntime or torch, on the CPU."""
+    """The function of a file, by onnxruntime or torch, on the CPU.
+
+    Raises `UserError` if this version of onnxruntime refuses it, such as one with newer operators.
+    """
     if to == "onnx":
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        try:
+            session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no other class in common
+            raise UserError(
+                f"onnxruntime {onnxruntime.__version__} refuses the graph: {short(error, 500)}"
+            ) from error
         return lambda inputs: session.run(None, dict(inputs))
     module = torch.export.load(io.BytesIO(content)).module()
 

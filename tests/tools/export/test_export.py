@@ -190,10 +190,18 @@ def test_a_layer_that_torch_cannot_translate(to):
         formats.encoded(graph, to, {}, 18)
 
 
+def test_a_graph_that_onnxruntime_refuses():
+    newer = [onnx.helper.make_opsetid("", 999)]
+    graph = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []), opset_imports=newer)
+    with pytest.raises(UserError, match=r"onnxruntime \d.* refuses the graph: .*999"):
+        formats.runner(graph.SerializeToString(), "onnx")
+
+
 def test_a_missing_package(monkeypatch):
+    model = a_model("nice")
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--to onnx needs the packages onnx and .*extra onnx\)"):
-        exporting.export(a_model("nice"))
+        exporting.export(model)
 
 
 def test_the_command(tmp_path):
