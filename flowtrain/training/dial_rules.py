@@ -1,6 +1,6 @@
 """The rules of the dial, `flowtrain train DATA --budget TIME --for PURPOSE`.
 
-docs/dial.md has the experiments that they come from.
+docs/lab/dial.md has the experiments that they come from.
 """
 
 from dataclasses import dataclass
