@@ -13,16 +13,17 @@ Deliberate differences from the paper:
 - A residual block is two 3x3 convolutions.
 
 Vectors `(C, 1, 1)`, such as points of the plane, cannot be squeezed. For them the model is
-couplings that keep the halves of the vector by turns, with fully connected conditioners.
+couplings that keep the halves of the vector by turns, with fully connected conditioners. With
+`transform: spline` they are those of RQ-NSF (C), without its linear layers (Durkan et al. 2019).
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
 
 from flowtrain.bijections import (
     ActNorm,
-    AffineTransform,
     Bijection,
     CheckerboardCoupling,
     Coupling,
@@ -30,8 +31,9 @@ from flowtrain.bijections import (
     Multiscale,
     Sequential,
     Squeeze,
+    Transform,
 )
-from flowtrain.models.base import check_squeezes, vector_coupling
+from flowtrain.models.base import TRANSFORMS, Elementwise, check_squeezes, vector_coupling
 from flowtrain.nets.convolution import channels_of
 from flowtrain.nets.residual import ResidualNet
 from flowtrain.types import Positive, Shape
@@ -44,6 +46,7 @@ def build(
     levels: Positive = 2,
     width: Positive = 64,
     blocks: Annotated[int, Field(ge=0, le=2**20)] = 8,
+    transform: Elementwise = "affine",
 ) -> Bijection:
     """RealNVP for images of `shape` (C, H, W), the multiscale architecture of section 3.6.
 
@@ -57,12 +60,17 @@ def build(
         width: Number of feature maps in the conditioners at the first scale, doubled after each
             squeeze. For vectors: number of hidden units.
         blocks: Number of residual blocks per conditioner. For vectors: number of hidden layers.
+        transform: Transform of an entry: affine, spline (rational-quadratic, Durkan et al. 2019),
+            mixture (of logistics, Ho et al. 2019), or affine with other scales: exp and sigmoid
+            (2 sigmoid(h)).
 
     Raises:
         UserError: if the image cannot be squeezed `levels - 1` times.
     """
+    elementwise = TRANSFORMS[transform]
+    parameters = elementwise().parameters_per_entry
     if shape[1:] == (1, 1) and context is None:
-        return _of_vectors(shape, 4 * levels, width, blocks)
+        return _of_vectors(shape, 4 * levels, width, blocks, elementwise)
     check_squeezes(shape, levels - 1, levels)
     channels, height, side = shape
     level_bijections: list[Bijection] = []
@@ -72,9 +80,9 @@ def build(
         layers: list[Bijection] = []
         seen = channels_of(context, (height, side))
         for i in range(4 if last else 3):
-            net = ResidualNet(channels, 2 * channels, width, blocks, seen)
+            net = ResidualNet(channels, parameters * channels, width, blocks, seen)
             layers += [
-                CheckerboardCoupling((height, side), net, AffineTransform(), parity=i % 2),
+                CheckerboardCoupling((height, side), net, elementwise(), parity=i % 2),
                 ActNorm((channels, 1, 1)),
             ]
         if not last:
@@ -82,9 +90,9 @@ def build(
             channels, height, side, width = 4 * channels, height // 2, side // 2, 2 * width
             half, seen = channels // 2, channels_of(context, (height, side))
             for i in range(3):
-                net = ResidualNet(half, 2 * half, width, blocks, seen)
+                net = ResidualNet(half, parameters * half, width, blocks, seen)
                 layers += [
-                    Coupling(half, net, AffineTransform(), swap=i % 2 == 1),
+                    Coupling(half, net, elementwise(), swap=i % 2 == 1),
                     ActNorm((channels, 1, 1)),
                 ]
             channels = half
@@ -94,10 +102,16 @@ def build(
     return Multiscale(level_bijections, [Sequential() for _ in range(levels)], latent_shapes)
 
 
-def _of_vectors(shape: Shape, couplings: int, width: int, hidden_layers: int) -> Bijection:
+def _of_vectors(
+    shape: Shape,
+    couplings: int,
+    width: int,
+    hidden_layers: int,
+    elementwise: Callable[[], Transform],
+) -> Bijection:
     dims = shape[0]
     layers: list[Bijection] = [Flatten(shape)]
     for i in range(couplings):
-        coupling = vector_coupling(i, dims, width, hidden_layers, AffineTransform())
+        coupling = vector_coupling(i, dims, width, hidden_layers, elementwise())
         layers += [ActNorm((dims,)), coupling]
     return Sequential(*layers)

@@ -98,7 +98,10 @@ def test_a_test_split_may_have_a_constant_column(tmp_path):
     assert len(build("vectors", "", "test", path=tmp_path / "a.npz").read()) == 1
 
 
-@pytest.mark.parametrize("model", ["maf", "realnvp", "nice", "cnf"])
+SPLINE = {"name": "realnvp", "levels": 1, "width": 8, "blocks": 1, "transform": "spline"}
+
+
+@pytest.mark.parametrize("model", ["maf", SPLINE, "nice", "cnf"])
 def test_the_density_is_that_of_the_original_units(model, tmp_path):
     """Columns in other units change the density by the Jacobian alone."""
     units, log_probs = np.array([1e-9, 1.0, 1e12]), []

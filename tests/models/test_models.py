@@ -184,6 +184,7 @@ GOLDEN = {
     ("glow", "center", "split=mixed steps=5 initialization=whitening prior=spline"): [4.281816],
     ("glow", "center", "conditioner=gated blocks=2 prior=mixture components=3"): [4.504602],
     ("realnvp", "center", "levels=3 blocks=2"): [4.593109],
+    ("realnvp", "center", "transform=spline"): [4.558935],
     ("nice", "center", "prior=gaussian couplings=3"): [4.348085],
     ("maf", "center", "order=random transform=spline layers=3"): [4.391038],
     ("iaf", "center", "order=random transform=mixture layers=3"): [4.38284],

@@ -113,8 +113,13 @@ def ood(
         ),
     ] = None,
     decides: Annotated[
-        Score, typer.Option("--score", help="The score of the p-values and verdicts.")
-    ] = "complexity_corrected",
+        Score | None,
+        typer.Option(
+            "--score",
+            help="The score of the p-values and verdicts.",
+            show_default="complexity_corrected, for real values likelihood",
+        ),
+    ] = None,
     maps: Annotated[
         Path | None,
         typer.Option(
@@ -158,14 +163,15 @@ def ood(
 
     Local: how unusual the most unusual place of the image is, by --maps or --score local.
 
-    Images of another size, or with other channels or levels, are converted to the model's.
+    Images of another size, or with other channels or levels, are converted to the model's. Vectors
+    and points have the first two scores.
     """
     from flowtrain.evaluation.heat import HeatMaps
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
     from flowtrain.tools.ood import results
     from flowtrain.tools.ood.histograms import draw
-    from flowtrain.tools.ood.images import collect, own_split
+    from flowtrain.tools.ood.images import collect, num_bins_of, own_split
     from flowtrain.tools.ood.scores import score_all
 
     check_suffix(picture_out, (".png",), "--out")
@@ -180,6 +186,12 @@ def ood(
     loaded = options.load_model(conditional=True, mirror=mirror)
     path = output(json_out, loaded, "ood.json", "--json")
     picture = output(picture_out, loaded, "ood.png", "--out")
+    for option, is_given in (
+        ("--maps", maps is not None),
+        (f"--score {decides}", decides in ("complexity_corrected", "local")),
+    ):
+        if is_given:
+            num_bins_of(loaded, option)
     data = options.data(loaded)
     collections = collect(loaded, data, inside, names, num_images=num_images, seed=seed)
     for collection in collections.all:
@@ -225,10 +237,12 @@ def _print(comparison: "Comparison") -> None:
     from rich import box
     from rich.table import Table
 
+    from flowtrain.flow.kinds import NoisyImages
     from flowtrain.flow.sides import mixture
     from flowtrain.pictures.lossless import coders
     from flowtrain.system.console import console
     from flowtrain.tools.ood.results import mean_of
+    from flowtrain.tools.ood.scores import SCORES
 
     def of(scored: "Scored") -> tuple[str, str]:
         mean, stderr, _ = mean_of(scored.loss)
@@ -238,25 +252,26 @@ def _print(comparison: "Comparison") -> None:
     kind, entropy = reference.kind, reference.entropy
     unit = kind.unit
     table = Table(box=box.SIMPLE)
-    titles = ("\ndata", f"\n{unit}", "AUROC by\nlikelihood", "\ntypicality")
-    local = () if comparison.inside.heat is None else ("\nlocal",)
-    for column in (*titles, "complexity-\ncorrected", *local):
+    titles = ("AUROC by\nlikelihood", "\ntypicality", "complexity-\ncorrected", "\nlocal")
+    found = dict(zip(SCORES, titles, strict=True))
+    for column in ("\ndata", f"\n{unit}", *(found[key] for key in comparison.inside.scores)):
         table.add_column(column, overflow="fold")
     table.add_row(*of(comparison.inside))
     for scored, areas in zip(comparison.outside, comparison.areas, strict=True):
         table.add_row(*of(scored), *(_figure(*area) for area in areas.values()))
     console.print(table)
+    coded = f" Complexity: the shorter code of {' and '.join(coders())}."
     console.print(
-        f"AUROC: the probability that an image has a larger score than one of "
+        f"AUROC: the probability that an example has a larger score than one of "
         f"{comparison.inside.collection.name}. 1 tells them apart, 0.5 is chance, below it the "
         f"others look more like the model's own.\n"
         f"Typicality: the distance from {f'{entropy:.3f}' if math.isfinite(entropy) else '-'} "
-        f"{unit}, the mean of {len(reference.log_prob)} {reference.collection.split} images. "
-        f"Complexity: the shorter code of {' and '.join(coders())}."
+        f"{unit}, the mean of {len(reference.log_prob)} {reference.collection.split} examples."
+        f"{'' if reference.complexity is None else coded}"
     )
     if comparison.model.flow.sides > 1:
         console.print(f"p(x) is {mixture(comparison.model.flow.sides)}.")
-    if kind.no_bits:
+    if isinstance(kind, NoisyImages):
         console.print(
             f"No bits/dim: {kind.no_bits}. Complexity-corrected scores are known up to a constant."
         )
@@ -275,14 +290,14 @@ def _print_verdicts(comparison: "Comparison") -> None:
     console.print(
         f"Outliers have a p-value of at most {comparison.false_positives:g}: {comparison.decides} "
         f"above {comparison.threshold:.4g}, by {len(reference.log_prob):,} "
-        f"{reference.collection.split} images."
+        f"{reference.collection.split} examples."
     )
     for scored in comparison.compared:
         outliers, p, names = comparison.outliers(scored), comparison.p_values(scored), []
         share, low, high = rate(outliers)
         what = "false positives" if scored is comparison.inside else "outliers"
         console.print(
-            f"{scored.collection.name}: {outliers.sum():,} of {len(p):,} images are {what}, "
+            f"{scored.collection.name}: {outliers.sum():,} of {len(p):,} are {what}, "
             f"{share:.2%} ({low:.2%} to {high:.2%} with 95% confidence)"
         )
         if scored is not comparison.inside:

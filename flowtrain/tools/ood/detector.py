@@ -6,7 +6,7 @@ from flowtrain.evaluation.heat import HeatMaps
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.inputs import Batch, as_tensor
 from flowtrain.tools.ood.images import Collection
-from flowtrain.tools.ood.scores import Scored, scored
+from flowtrain.tools.ood.scores import Scored, default_score, scored
 from flowtrain.tools.ood.verdict import p_values
 
 
@@ -17,7 +17,7 @@ class Detector:
         flow: The model, of images or of real values, which have neither complexity nor heat maps.
         held_out: Examples like the training data, `(N, C, H, W)`, which the model has not seen.
         training: Training images, for heat maps and the local score.
-        score: The score that decides, of `SCORES`.
+        score: The score that decides, of `SCORES`, by default `default_score`.
         seed: Seed of the dequantization noise.
     """
 
@@ -26,16 +26,16 @@ class Detector:
         flow: Flow,
         held_out: Batch,
         training: Batch | None = None,
-        score: str = "complexity_corrected",
+        score: str | None = None,
         seed: int = 0,
     ):
-        self.flow, self.score, self.seed = flow, score, seed
+        self.flow, self.score, self.seed = flow, score or default_score(flow), seed
         self._heat_maps = None
         if training is not None:
             self._heat_maps = HeatMaps(flow, self._array(training), seed)
         self._reference = self._scored(held_out, None)
-        if score not in self._reference.scores:
-            raise ValueError(f"score: {score}, expected {', '.join(self._reference.scores)}")
+        if self.score not in (known := self._reference.scores):
+            raise ValueError(f"score: {self.score}, expected {', '.join(known)}")
 
     def p_values(self, x: Batch) -> np.ndarray:
         """The p-value of each example of `(B, C, H, W)`: `(B,)`."""

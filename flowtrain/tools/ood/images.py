@@ -23,7 +23,7 @@ class Collection:
     """Images of one kind, brought to the model's shape and levels."""
 
     name: str
-    images: np.ndarray  # uint8 (N, C, H, W), values 0..Q-1
+    images: np.ndarray  # uint8 (N, C, H, W), values 0..Q-1, or float32 real values
     positions: np.ndarray  # of the images in the split, or 0..N-1
     split: str | None = None  # None for made images
     stored: tuple[Shape, int] | None = None  # shape and levels, if those are not the model's
@@ -62,7 +62,8 @@ def collect(
         seed: of the samples, and of images that are made.
 
     Raises:
-        UserError: naming the option, for a model of real values, or a name that is given twice.
+        UserError: naming the option, for a name that is given twice, images for a model of real
+            values, or the reverse.
     """
     for index, name in enumerate(outside):
         if name in (inside or data.config.name, *outside[:index]):
@@ -73,7 +74,7 @@ def collect(
         else own_split("test", model, data, num_images, seed)
     )
     others = [
-        made(name, within, num_bins_of(model), seed)
+        made(name, within, num_bins_of(model, f"--data {name}"), seed)
         if name in MADE
         else named(name, "--data", model, data, num_images, seed)
         for name in outside
@@ -100,43 +101,42 @@ def named(
         {**model.config.resolved(), "data": section}, f"{option} {name}", trust_code=True
     ).data
     data = DataSet(config, undivided(config, own.config))
-    num_bins = data.kind.require_bins(f"{option} {name}: real values, not images")
-    return _sample(name, "all" if data.undivided else "test", data, num_bins, model, count, seed)
+    if flow.num_bins is None:
+        data.require(flow.shape, None, model.checkpoint.path)
+    else:
+        data.kind.require_bins(f"{option} {name}: real values, not images")
+    return _sample(name, "all" if data.undivided else "test", data, model, count, seed)
 
 
 def own_split(
     split: SplitName, model: LoadedModel, data: DataSet, count: int, seed: int = 0
 ) -> Collection:
     """A sample of `count` images of a split of the model's own data."""
-    num_bins = num_bins_of(model)
-    data.require(model.flow.shape, num_bins, model.checkpoint.path)
-    return _sample(data.config.name, split, data, num_bins, model, count, seed)
+    data.require(model.flow.shape, model.flow.num_bins, model.checkpoint.path)
+    return _sample(data.config.name, split, data, model, count, seed)
 
 
 def _sample(
-    name: str,
-    split: SplitName,
-    data: DataSet,
-    own_bins: int,
-    model: LoadedModel,
-    count: int,
-    seed: int,
+    name: str, split: SplitName, data: DataSet, model: LoadedModel, count: int, seed: int
 ) -> Collection:
     every = data.split(split)
     positions = sampled(len(every), count, seed)
     chosen = every.at(positions)
     images = chosen.take(slice(None)).numpy()
-    shape, num_bins = model.flow.shape, num_bins_of(model)
-    policy = data.config.resize_policy
-    stored = None if (data.shape, own_bins) == (shape, num_bins) else (data.shape, own_bins)
-    converted = convert(images, own_bins, shape, num_bins, policy)
-    return Collection(name, converted, positions, split, stored, chosen.names)
+    shape, num_bins, stored = model.flow.shape, model.flow.num_bins, None
+    if num_bins is not None and data.num_bins is not None:
+        if (data.shape, data.num_bins) != (shape, num_bins):
+            stored = data.shape, data.num_bins
+        images = convert(images, data.num_bins, shape, num_bins, data.config.resize_policy)
+    return Collection(name, images, positions, split, stored, chosen.names)
 
 
-def num_bins_of(model: LoadedModel) -> int:
-    """Q of a model of images. Raises `UserError` for a model of real values."""
+def num_bins_of(model: LoadedModel, what: str) -> int:
+    """Q of a model of images. Raises `UserError` that begins with `what` for a model of real
+    values.
+    """
     return model.flow.kind.require_bins(
-        f"{model.checkpoint.path}: a model of real values; the scores are of images"
+        f"{what}: for models of images, and {model.checkpoint.path} is one of real values"
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from flowtrain.evaluation.heat import picture
 from flowtrain.pictures.grid import png
 from flowtrain.pictures.lossless import coders
-from flowtrain.tools.ood.scores import Comparison, Scored
+from flowtrain.tools.ood.scores import SCORES, Comparison, Scored
 from flowtrain.tools.ood.verdict import rate
 
 
@@ -108,7 +108,7 @@ def _described(scored: Scored) -> dict[str, Any]:
         "stored_levels": num_bins,
     }
     for name, values in (("loss", scored.loss), ("complexity", scored.complexity)):
-        mean, stderr, median = mean_of(values)
+        mean, stderr, median = (None, None, None) if values is None else mean_of(values)
         described |= {name: mean, f"{name}_stderr": stderr, f"{name}_median": median}
     for suffix in ("", "_stderr"):
         bits = None if scored.kind.no_bits else described[f"loss{suffix}"]
@@ -117,7 +117,7 @@ def _described(scored: Scored) -> dict[str, Any]:
 
 
 def scores_csv(comparison: Comparison) -> bytes:
-    """One row per image, with the `in` data first. Losses are in the unit of `ood.json`. The names
+    """One row per example, the `in` data first. Losses are in the unit of `ood.json`. The names
     of image files are in the last column.
     """
     text = io.StringIO()
@@ -126,10 +126,9 @@ def scores_csv(comparison: Comparison) -> bytes:
     for scored in comparison.compared:
         columns = {"index": scored.collection.positions, "loss": scored.loss}
         columns |= {"log_prob": scored.log_prob, "typicality": scored.scores["typicality"]}
-        columns |= {"complexity": scored.complexity}
-        columns |= {"complexity_corrected": scored.scores["complexity_corrected"]}
-        if scored.heat is not None:
-            columns["local"] = scored.scores["local"]
+        if scored.complexity is not None:
+            columns["complexity"] = scored.complexity
+        columns |= {key: scored.scores[key] for key in SCORES[2:] if key in scored.scores}
         columns["p_value"] = comparison.p_values(scored)
         if scored is comparison.inside:
             writer.writerow(["dataset", *columns, *(["file"] if named else [])])

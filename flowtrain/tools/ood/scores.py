@@ -33,6 +33,11 @@ from flowtrain.tools.ood.verdict import p_values, threshold
 SCORES = ("likelihood", "typicality", "complexity_corrected", "local")
 
 
+def default_score(flow: Flow) -> str:
+    """The score that decides unless another is chosen."""
+    return "likelihood" if flow.num_bins is None else "complexity_corrected"
+
+
 def typicality(loss: np.ndarray, entropy: float) -> np.ndarray:
     """`|-log p(x) - H|`, `(N,)`: the distance of an image's likelihood from the usual one.
 
@@ -59,7 +64,7 @@ class Scored:
     """The figures of a collection, each `(N,)` float64, in the unit of the kind.
 
     `log_prob` is in nats, and `entropy` is the H of `typicality`. `heat` are the heat maps
-    `(N, H, W)`, if they were computed.
+    `(N, H, W)`, if they were computed. Real values have no `complexity`.
     """
 
     collection: Collection
@@ -74,17 +79,18 @@ class Scored:
         return self.kind.loss(torch.from_numpy(self.log_prob), dims).numpy()
 
     @cached_property
-    def complexity(self) -> np.ndarray:
-        assert isinstance(self.kind, QuantizedImages)
+    def complexity(self) -> np.ndarray | None:
+        if not isinstance(self.kind, QuantizedImages):
+            return None
         return self.kind.in_unit(complexity(self.collection.images))
 
     @cached_property
     def scores(self) -> dict[str, np.ndarray]:
-        """The scores by their names, `SCORES`: of real values two, and the local one if there are
-        heat maps.
+        """The scores by their names, `SCORES`: the complexity-corrected one if there is a
+        complexity, and the local one if there are heat maps.
         """
         found = {"likelihood": self.loss, "typicality": typicality(self.loss, self.entropy)}
-        if isinstance(self.kind, QuantizedImages):
+        if self.complexity is not None:
             found["complexity_corrected"] = complexity_corrected(self.loss, self.complexity)
         return found if self.heat is None else {**found, "local": self.heat.max(axis=(1, 2))}
 
@@ -106,7 +112,7 @@ class Comparison:
     reference: Scored  # the images whose mean loss is H, and whose scores give the p-values
     inside: Scored
     outside: list[Scored]
-    decides: str = "complexity_corrected"
+    decides: str
     false_positives: float | None = None
 
     @property
@@ -182,14 +188,14 @@ def score_all(
     model: LoadedModel,
     collections: Collections,
     *,
-    decides: str = "complexity_corrected",
+    decides: str | None = None,
     false_positives: float | None = None,
     heat_maps: HeatMaps | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = silent,
 ) -> Comparison:
-    """Scores every image (`scored`), for verdicts by the score `decides`.
+    """Scores every image (`scored`), for verdicts by the score `decides` (`default_score`).
 
     Raises `UserError` for a `batch_size` that cannot fit into memory, and if there are too few
     held-out images for `false_positives`.
@@ -208,4 +214,5 @@ def score_all(
         entropy = found[0].entropy if found else None
         found.append(scored(model.flow, collection, entropy, progress=ahead, **options))
     first, second, *rest = found
+    decides = decides or default_score(model.flow)
     return Comparison(model, seed, first, second, rest, decides, false_positives)

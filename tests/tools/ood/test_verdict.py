@@ -81,11 +81,11 @@ def test_a_detector_of_real_values():
     config = parse({"data": {"name": "two_moons"}, "model": {"name": "maf", "width": 8}})
     flow = ready(perturb(build_flow(config, (2, 1, 1), None))).requires_grad_(False)
     x = flow.sample(40)
-    detector = Detector(flow, x, score="likelihood")
+    detector = Detector(flow, x)
     expected = p_values(-flow.log_prob(x).numpy(), -flow.log_prob(x / 2).numpy())
     assert np.array_equal(detector.p_values(x / 2), expected)
     with pytest.raises(ValueError, match="expected likelihood, typicality$"):
-        Detector(flow, x)
+        Detector(flow, x, score="complexity_corrected")
 
 
 @pytest.mark.run
@@ -122,10 +122,41 @@ def test_the_command(tmp_path):
     inside = outcome["in"]
     low, high = inside["outlier_rate_interval"]
     assert low <= inside["outlier_rate"] == inside["outliers"] / 180 <= high
-    line = f"{inside['outliers']} of 180 images are false positives, {inside['outlier_rate']:.2%}"
+    line = f"{inside['outliers']} of 180 are false positives, {inside['outlier_rate']:.2%}"
     assert line in done.out and "and 5 more (--json, --scores)" in done.out
     for image in flagged:
         assert f"{image}" in done.out
     # The same in another order of words, without pictures or verdicts.
     quick("ood", "run", "data.split_seed=0", "photos", "--json", "o.json", cwd=tmp_path).ok()
     assert "verdict" not in json.loads((tmp_path / "o.json").read_text())
+
+
+@pytest.mark.run
+def test_the_command_for_vectors(tmp_path):
+    """Of 200 rows, 40 are far from a Gaussian of three dimensions."""
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", random.normal(size=(1000, 3)) @ [[1, 1, 0], [0, 1, 0], [0, 0, 9]])
+    far = np.array([[6.0, -6, 0]]) * (np.arange(200) % 5 == 0)[:, None]
+    rows = random.normal(size=(200, 3)) + far
+    np.savetxt(tmp_path / "y.csv", rows, delimiter=",", header="a,b,c", comments="")
+    words = ["model.width=16", "model.layers=2", "train.num_steps=300", "--run-dir", "run"]
+    vectors = ["data.name=vectors", "data.path=x.npy"]
+    quick("train", "--config", "maf_checkerboard", *vectors, *words, cwd=tmp_path).ok()
+    done = quick(
+        "ood", "run", "y.csv", "--false-positives", "2%", "--scores", "s.csv", cwd=tmp_path
+    )
+    assert "Complexity" not in done.ok().out and " of 200 are outliers" in done.out
+    outcome = json.loads((tmp_path / "run" / "ood.json").read_text())
+    assert outcome["verdict"]["score"] == "likelihood" and outcome["unit"] == "nats"
+    (out,) = outcome["out"]
+    assert out["complexity"] is None and set(out["auroc"]) == {"likelihood", "typicality"}
+    assert all(image["outlier"] for image in out["images"][::5])
+    header = (tmp_path / "s.csv").read_text().splitlines()[0]
+    assert header == "dataset,index,loss,log_prob,typicality,p_value"
+    for words, said in (
+        (["y.csv", "--maps", "m"], "--maps: for models of images, and run/"),
+        (["y.csv", "--score", "local"], "--score local: for models of images"),
+        (["noise"], "--data noise: for models of images"),
+        (["digits"], "data of shape (1, 8, 8) with 17 levels cannot be evaluated by run/"),
+    ):
+        quick("ood", "run", *words, cwd=tmp_path).failed(2, said)
