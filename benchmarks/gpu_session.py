@@ -20,7 +20,6 @@ import dataclasses
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -78,9 +77,6 @@ class Plan:
     profiled: int = 3
     images: int = 4096  # random ones, to train on
     evaluated: int = 1000
-    channels: Sequence[int] = (6, 8, 12, 16, 24, 32, 48, 64)
-    sides: Sequence[int] = (16, 8, 4)
-    width: int = 512
     training: str = "causal_cifar.yaml"
     tests: bool = True  # those that need a GPU
 
@@ -111,9 +107,6 @@ MINI = Plan(
     profiled=1,
     images=128,
     evaluated=2,
-    channels=(2,),
-    sides=(4,),
-    width=4,
     training="glow_digits.yaml",
     tests=False,
 )
@@ -335,42 +328,6 @@ def measure_waits(session: Session, model: str) -> Result:
     return {"waits": {where: count / plan.steps for where, count in waits.most_common()}}
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The median time of a call, after two that warm up."""
-    times = []
-    for _ in range(repeats + 2):
-        began = now(device)
-        run()
-        times.append(now(device) - began)
-    return statistics.median(times[2:])
-
-
-def measure_alignment(session: Session, batch: int) -> Result:
-    """A 3x3 convolution from and to some numbers of channels, forward and backward, in bf16.
-
-    The keys are `side-channels`, the values seconds for both directions.
-    """
-    plan, found = session.plan, {}
-
-    def leaf(*shape: int) -> Tensor:
-        x = torch.randn(shape, device=session.device)
-        return x.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
-
-    for side in plan.sides:
-        for channels in plan.channels:
-            pairs = [
-                (leaf(batch, into, side, side), leaf(out, into, 3, 3))
-                for into, out in ((channels, plan.width), (plan.width, channels))
-            ]
-
-            def run(pairs: list[tuple[Tensor, Tensor]] = pairs) -> None:
-                for x, weight in pairs:
-                    torch.nn.functional.conv2d(x, weight, padding=1).sum().backward()
-
-            found[f"{side}-{channels}"] = seconds_of(run, session.device)
-    return {"seconds": found}
-
-
 # --- predictions, evaluation, sampling, a run -----------------------------------------------------
 
 
@@ -458,8 +415,7 @@ def parts_of(plan: Plan) -> list[Part]:
             ]
         found.append(part("kernels", model, 240, measure_kernels))
         found.append(part("use", model, 240, measure_use))
-    alignment = Part("alignment", 90, lambda s: measure_alignment(s, middle), {"batch": middle})
-    return [*found, alignment]
+    return found
 
 
 def file_of(session: Session, name: str) -> Path:
@@ -595,10 +551,6 @@ def report(session: Session) -> str:
         sampled = {"sampling": use["sampled"], "sequential": use["sequential"]}
         return {**about, **evaluated, **sampled}
 
-    sides: dict[str, Result] = {}
-    for key, seconds in (result("alignment", "seconds") or {}).items():
-        side, channels = key.split("-")
-        sides.setdefault(side, {"side": side})[f"{channels} channels"] = 1e6 * seconds
     tables: dict[str, list[Result]] = {
         "The first minutes": [of_step(*each) for each in of("first-")],
         "Tests": [{"tests": tests["summary"]} for _, tests in of("tests")],
@@ -617,9 +569,6 @@ def report(session: Session) -> str:
             for about, dry in of("dry-run-")
             for each in dry["modes"].items()
         ],
-        "Microseconds of two 3x3 convolutions, bf16, from and to some channels": list(
-            sides.values()
-        ),
         "Evaluation and sampling, images/s": [of_use(*each) for each in of("use-")],
         "Training": [{**about, **training} for about, training in of("training")],
         "Not measured": [
