@@ -14,7 +14,7 @@ They come with flowtrain, {size:.1f} MB in all, and stand wherever a command tak
 
     flowtrain sample {first}
 
-Figures are of the test split, in float32, and are those of the files themselves. The weights of
+Figures are of the test split, in float32, and of the files themselves. The weights of
 networks are stored in half precision, which changes a figure by less than 0.001. `make models`
 trains them again.
 

@@ -1,4 +1,4 @@
-"""Affine transforms of entries whose scales are those of other papers and programs."""
+"""Affine transforms of entries, with the scales of other papers and programs."""
 
 import math
 

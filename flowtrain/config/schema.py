@@ -135,7 +135,7 @@ class Model(Component):
     classes: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0,
         description="Number of classes. Each has its own prior (`class_prior`), or the "
-        "networks of a causal flow see it. 0 trains without labels. The training loss is that of "
+        "networks of a causal flow see it. 0 trains without labels. The training loss is of "
         "an image given its class. Validation and evaluation report the image alone.",
     )
     class_prior: Literal["coarsest", "all"] = Field(

@@ -57,7 +57,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
     shape = shapes["x_train"]
     if own_test and shapes["x_test"] != shape:
         raise UserError(
-            f"data.path: in {path}, the images of x_train are {_by(shape)} and those of x_test "
+            f"data.path: in {path}, the images of x_train are {_by(shape)} and of x_test "
             f"{_by(shapes['x_test'])}: they have to be of one size"
         )
     if not own_test and counts["x_train"] < 2:

@@ -93,8 +93,8 @@ mixing_matrix.register(LinearChannels, LinearChannels.mixing_matrix)
 
 @torch.no_grad()
 def log_scale_ranges(flow: Flow, x: Tensor, noise: Tensor) -> dict[str, tuple[float, float]]:
-    """The smallest and largest log-scale, by name: those among a bijection's parameters by its own
-    name, those that a layer's network predicts on the batch `x` by that of its `transform`.
+    """The smallest and largest log-scale, by name. A bijection's parameters have its own name,
+    and the predictions of a layer's network on the batch `x` the name of its `transform`.
     """
     found = {
         short_name(name): log_scales(module)

@@ -116,7 +116,7 @@ def by_place(
 
     For images `(B, C, H, W)`, uniform noise of that shape, and classes `(B,)` if the model has any,
     there is a float64 tensor `(B, h, w)` on the CPU for each size `(h, w)`, the largest first.
-    There is none if the model has a layer without places. The rest is that of learned noise,
+    There is none if the model has a layer without places. The rest is of learned noise,
     `(B,)`. `executor` wraps the one that adds up the terms.
     """
     sums = ByPlace()

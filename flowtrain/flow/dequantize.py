@@ -118,7 +118,7 @@ class Dequantizer(nn.Module):
         return v, log_det - log_q
 
     def forward_by_place(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The flow's input, and the terms of `forward` except for `of_entry`: those of each place,
+        """The flow's input, and the terms of `forward` except for `of_entry`: for each place,
         `(B, H, W)`, and `-log q(u|x)` of the whole image, `(B,)`.
         """
         u, log_q = self.draw(x, noise)

@@ -87,7 +87,7 @@ class ForeignLayer(Bijection):
 class ForeignBijection(Container):
     """A foreign flow from data `(B, C, H, W)` to latents `(B, D)`, in float32 or float64.
 
-    Its layers are those of the library. The flow itself calls them. If an executor is to call them,
+    Its layers are the library's. The flow itself calls them. If an executor is to call them,
     they are diverted to it for this one call.
 
     Args:

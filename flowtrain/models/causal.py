@@ -67,8 +67,8 @@ def build(
         attention: Number of blocks of causal self-attention over all tokens, at equal distances
             between the residual blocks.
         pixels: Whether all blocks see the pixels of earlier tokens beside their features:
-            convolutions those in their window, and attention those of all tokens, by relative
-            positions and with a learned temperature for each head.
+            convolutions see their window, and attention all tokens, by relative positions and with
+            a learned temperature for each head.
         downsample: Number of residual blocks over cells of 2x2 tokens, for what is farther away.
             The cells of the rows above join the tokens after half of the residual blocks.
         dropout: Probability with which entries of a residual block are dropped in training. It

@@ -64,8 +64,8 @@ def build(
 ) -> Bijection:
     """Glow for images of `shape` (C, H, W). Each level is a squeeze, steps of flow, and a split.
 
-    All networks see a context of the shape `context` beside their input, those of the split priors
-    too.
+    All networks, also of the split priors, see a context of the shape `context` beside their
+    input.
 
     Args:
         levels: Number of levels, L. Each halves the sides, so both must be multiples of 2**L.

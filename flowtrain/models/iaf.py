@@ -5,7 +5,7 @@ This is MAF with each autoregressive layer inverted. Samples take one pass. The 
 data takes D steps per layer, also in training, so IAF suits few dimensions only.
 
 Deliberate differences from the paper: training is by maximum likelihood, not as a posterior, and
-those of `flowtrain.models.maf`.
+the differences of `flowtrain.models.maf`.
 """
 
 from flowtrain.bijections import Bijection, Inverse
@@ -30,7 +30,7 @@ def build(
         width: Number of units per hidden layer.
         hidden_layers: Number of hidden layers per conditioner.
         order: How the next layer reorders the entries. `random` is a random permutation.
-        transform: Transform of an entry, given those of the latent before it: affine, spline,
+        transform: Transform of an entry, given earlier entries of the latent: affine, spline,
             mixture, exp or sigmoid, as in MAF.
     """
     return maf.chain(shape, layers, width, hidden_layers, order, transform, Inverse)

@@ -14,7 +14,7 @@ Deliberate differences from the paper:
 
 Vectors `(C, 1, 1)`, such as points of the plane, cannot be squeezed. For them the model is
 couplings that keep the halves of the vector by turns, with fully connected conditioners. With
-`transform: spline` they are those of RQ-NSF (C), without its linear layers (Durkan et al. 2019).
+`transform: spline` it is RQ-NSF (C) without its linear layers (Durkan et al. 2019).
 """
 
 from collections.abc import Callable

@@ -28,8 +28,8 @@ Piece = bytes | bytearray | memoryview
 def write_atomically(path: Path, data: bytes | Iterable[Piece], also: Sequence[Path] = ()) -> None:
     """Writes `data`, or all its pieces, to a temporary name in the same folder, flushes it to the
     disk, renames it, and flushes the folder. `also` are further names in that folder for the same
-    bytes, made before `path`. A replaced file keeps its permissions. A new one gets those of the
-    umask. Raises `RunError` if it fails. A file at `path` is then as before.
+    bytes, made before `path`. A replaced file keeps its permissions. A new one gets the
+    umask's. Raises `RunError` if it fails. A file at `path` is then as before.
     """
     replaced = None if path.is_symlink() or not path.is_file() else path.stat().st_mode & 0o777
 
@@ -62,7 +62,7 @@ def _temporary(
     path: Path, new: Callable[[Path], int | None]
 ) -> Iterator[tuple[Path, int | None, Callable[[], None]]]:
     """A hidden name beside `path`, the file or folder that `new` makes and opens there, and a
-    function that closes it early. It is removed at the end if it still has that name. Those of
+    function that closes it early. It is removed at the end if it still has that name. Names of
     earlier processes that died are removed first. A lock protects this one.
     """
     remove_left_overs(path.parent, path.name[:40])

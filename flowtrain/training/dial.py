@@ -80,7 +80,7 @@ def choose(
 ) -> Config:
     """The configuration for the data NAME and `budget` seconds. Each decision is printed.
 
-    `settings` (`KEY=VALUE`) have the last word. The speed is that of a few steps of each size. All
+    `settings` (`KEY=VALUE`) have the last word. A few steps of each size give the speed. All
     processes must call this.
 
     Raises `UserError` for data that are no images, or if the smallest size does not fit.

@@ -86,7 +86,7 @@ ADAM_AND_KIN = {
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for matrices.
 
-    The steps equal those of `torch.optim.Muon` with its default scale and `UNIT` times the rate.
+    The steps are as by `torch.optim.Muon` with its default scale and `UNIT` times the rate.
     The change of a layer's outputs depends on the rate, but not on the layer's width. Matrices of
     one shape are orthogonalized together, in a third of the time on a CPU, and in a few kernels
     on a GPU.

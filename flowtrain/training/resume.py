@@ -182,7 +182,7 @@ def _word(key: str, value: object) -> str:
 
 def _earlier(saved: Checkpoint) -> Config:
     """The configuration of a checkpoint, with the defaults of keys that are newer than it. Its data
-    set and model are those of this command, which the user trusts.
+    set and model are this command's, which the user trusts.
     """
     return configuration.parse(saved.meta["config"], str(saved.path), trust_code=True)
 

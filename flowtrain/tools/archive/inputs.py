@@ -32,7 +32,7 @@ def from_files(
     fit: bool = False,
 ) -> tuple[list[str], Tensor]:
     """Names and pixels of the first `count` image files at these paths; None stands for all. With
-    `fit` the pixels are those of `latents.encoding.read_images`, and otherwise of `read_files`.
+    `fit` the pixels are as by `latents.encoding.read_images`, and otherwise as by `read_files`.
 
     Raises `UserError`, also if one of them, or the model, is the output file `out`.
     """

@@ -176,7 +176,7 @@ def _error_of_images(figures: Tensor) -> float:
 def check_figure(
     flow: ForeignModel, x: Tensor, random: Tensor, train: Tensor | None, seed: int, notes: Notes
 ) -> None:
-    """Compares the project's own bits/dim with those of its density for images `x`, and names the
+    """Compares the project's own bits/dim for images `x` with its density's, and names the
     reason. `train` are images on which the flow was trained.
     """
     own = flow.contract.bits_per_dim

@@ -75,7 +75,7 @@ def examine_on(
     progress: Callable[[int, int], None] = silent,
 ) -> list[Finding]:
     """All findings about a model on images `x` `(B, C, H, W)`, as many noise images, and samples.
-    The figure of a project is also compared with that of the images `train`.
+    The figure of a project is also compared with the bits/dim of the images `train`.
 
     A model that raises, or whose values are not finite, has findings like any other.
     """

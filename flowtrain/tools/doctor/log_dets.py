@@ -91,7 +91,7 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
             part = given
             if isinstance(layer, ForeignLayer):
                 if layer.random_latents:
-                    return result  # its log-det is not that of a map from its input
+                    return result  # no map from its input has this log-det
                 back, own_sure = averaged(layer, lambda: call(layer, "inverse", result[0])[1])
                 _check_inverse(back, log_det, sure + own_sure, bits, name, notes)
                 part = _middle(layer, given)

@@ -36,7 +36,7 @@ def require_packages(what: str) -> None:
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Operations of torch in those of ONNX, if torch has no translation, or a coarse one."""
+    """Translations of torch's operations to ONNX, if torch has none, or a coarse one."""
     from onnxscript import opset18 as op
 
     def polynomial(x: Any, coefficients: tuple[float, ...]) -> Any:

@@ -15,8 +15,8 @@ from flowtrain.tools.export.formats import Run
 from flowtrain.tools.export.graphs import Graph, graphs_of
 
 BATCH_ENDS = (1, 3, 8)  # of the first batches, of 1, 2 and 5; the rest is one more
-# Two float32 computations of one function differ by their rounding errors. That of torch is
-# measured against float64. Another order of sums or another exponential function has an error of
+# Two float32 computations of one function differ by their rounding errors. Torch's error
+# is measured against float64. Another order of sums or another exponential function has an error of
 # the same size, and the largest of a few images varies: three times as much, and torch's own.
 TIMES = 4
 # By chance torch's error is zero. A sum of a few thousand terms, added up in blocks, is exact to

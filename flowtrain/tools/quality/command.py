@@ -95,7 +95,7 @@ def quality(
 ) -> None:
     """How similar are samples to real images? FID, KID, precision, recall, density, coverage.
 
-    All compare features of a network. Those of the classifiers that come with flowtrain need no
+    All compare features of a network. The classifiers that come with flowtrain need no
     download, and their figures are comparable with each other alone. FID falls with the number of
     samples, so compare equal numbers.
 

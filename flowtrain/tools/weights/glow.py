@@ -1,4 +1,4 @@
-"""A Glow of another project, and its weights as those of `flowtrain.models.glow`.
+"""A Glow of another project, and its weights for `flowtrain.models.glow`.
 
 All of these are rewritten exactly: the order of channels after a squeeze, a scale of ActNorm (also
 a negative one), LU factors, gains of zero convolutions, and means and scales of latents.

@@ -19,7 +19,7 @@ from flowtrain.types import Shape
 
 
 def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow:
-    """Its images are those of flowtrain, centred."""
+    """Its images are flowtrain's, centred."""
     levels = tensors.count("blocks.")
     check_squeezes(shape, levels, levels)
     channels, height, width = shape

@@ -58,7 +58,7 @@ class TarFlow:
 
 
 def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> TarFlow:
-    """Its images are in [-1, 1]. With uniform noise, they are twice those of flowtrain, and with
+    """Its images are in [-1, 1]. With uniform noise, they are twice flowtrain's, and with
     Gaussian noise 512/255 times (x / 255 instead of (x + 1/2) / 256).
     """
     blocks, layers = tensors.count("blocks."), tensors.count("blocks.0.attn_blocks.")

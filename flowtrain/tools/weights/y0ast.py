@@ -23,7 +23,7 @@ CROSS = slice(0, None, 2), slice(1, None, 2)
 
 
 def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow:
-    """Its images are those of flowtrain, centred."""
+    """Its images are flowtrain's, centred."""
     channels, height, width = shape
     affine = tensors.side("flow.layers.1.block.4.conv.weight") == 4 * channels
     number = 0
