@@ -39,7 +39,7 @@ CAUSAL = Family(
         "colour": (
             _SMALL,
             Size(200, _CAUSAL | {"width": 96, "units": 16, "components": 5}),
-            Size(1500, _CAUSAL | {"width": 160, "units": 32, "components": 8}),
+            Size(900, _CAUSAL | {"width": 160, "units": 32, "components": 8}),
             Size(9000, _CAUSAL | {"width": 192, "units": 48, "components": 10}),
         ),
         "grey": (

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,103 +47,154 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
     # Noise stays off the edges of a bin, where it is clipped and has no derivative.
     noise = 0.01 + 0.98 * noise[:, :, top : top + height, left : left + width]
     precise = copy.deepcopy(flow).double()
-    bits = 1 / (flow.dims * math.log(2))
-    reporting = layers_of(flow)
-    of_layers: dict[str, float] = {}
-    errors: dict[str, float] = {}
-
-    where = ""
-
-    def around(
-        name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
-    ) -> tuple[Tensor, Tensor]:
-        nonlocal where
-        where, own = name, unguided(context)
-        result = call(layer, direction, given, context)
-        if are_finite(given.float()).all():  # otherwise a layer before it is at fault
-
-            def with_copies(copies: Tensor) -> tuple[Tensor, Tensor]:
-                same = None if own is None else own.expand(len(copies), *own.shape[1:])
-                return call(layer, direction, copies, same)
-
-            def compare(given: Tensor, factor: float = 1, harmless: bool = False) -> Verdict:
-                """Adds the error of the log-det at an input, and returns its verdict."""
-                low = None if own is None else own.float()
-                z, reported = call(reporting[name], direction, given.float(), low)
-                lost, words = _lost_digits((z, reported), result)
-                reported, sure = averaged(
-                    reporting[name], lambda: call(reporting[name], direction, given.float(), low)[1]
-                )
-                if layer.latent_dims(given.numel()) < given.numel():
-                    exact = surface_log_det(lambda z: call(layer, "inverse", z), result[0])
-                else:
-                    of = diagonal_log_det if layer.is_discrete else jacobian_log_det
-                    exact = of(with_copies, given)
-                error = beyond(reported - exact, sure).max() * bits * factor
-                reason = _reason(float(reported), float(exact), z[0, 0].numel())
-                found = judge("log-det", float(error))
-                if factor == 1 or harmless or found.verdict != "bad":
-                    notes.add("log-det", error, name, IMAGES, harmless, reason)
-                    notes.add("digits of the result", lost, name, IMAGES, reason=words)
-                return found.verdict
-
-            log_det, sure = averaged(layer, lambda: call(layer, direction, given, context)[1])
-            of_layers[name], errors[name] = float(log_det), float(sure)
-            part = given
-            if isinstance(layer, ForeignLayer):
-                if layer.random_latents:
-                    return result  # no map from its input has this log-det
-                back, own_sure = averaged(layer, lambda: call(layer, "inverse", result[0])[1])
-                _check_inverse(back, log_det, sure + own_sure, bits, name, notes)
-                part = _middle(layer, given)
-            factor = given.numel() / part.numel()
-            # A layer may hold its size in its log-det. Then only its own size shows the error.
-            if compare(part, factor) == "bad" and factor > 1:
-                small = given.numel() <= LARGEST_JACOBIAN
-                compare(given if small else part, 1 if small else factor, harmless=not small)
-        return result
-
-    def whole(one: Flow, copies: Tensor, executor: Executor = FUSED) -> tuple[Tensor, Tensor]:
-        images = x.expand(len(copies), -1, -1, -1)
-        if one.kind.no_bits:
-            context = one.conditioning(len(copies), context=one.context_of(images))
-            return one.bijection.run(executor, "forward", copies, context)
-        return one.to_latents(images, copies, executor)
-
     start = flow.dequantizer(x, noise)[0] if flow.kind.no_bits else noise
+    layers = _Layers(flow, notes)
     try:
-        whole(precise, start.double(), Watching(precise, around))
+        _latents(precise, x, start.double(), Watching(precise, layers))
         if learns_noise(flow):
-            where = NOISE_MODEL
+            layers.where = NOISE_MODEL
             learned = LearnedNoise(precise)
             exact = jacobian_log_det(
                 lambda copies: learned(copies, x.expand(len(copies), -1, -1, -1)), start.double()
             )
             reported = LearnedNoise(flow)(start, x)[1].double()
-            notes.add("log-det", abs(reported - exact).max() * bits, NOISE_MODEL, IMAGES)
-        where = ""
-        # In float32, random numbers would differ from the Jacobian's.
-        one = precise if isinstance(flow, ForeignModel) and flow.is_random else flow
-        given = start.to(one.dtype)
-        if adds_noise(flow):
-            reported, sure = whole(one, given)[1], torch.zeros(1)
-        else:
-            reported, sure = averaged(one, lambda: whole(one, given)[1])
-        if _is_large(flow):
-            exact = precise.dequantizer(x, start.double())[1] + sum(of_layers.values())
-            sure = sure + math.hypot(*errors.values())
-        elif flow.kind.on_surface:
-            z = whole(precise, start.double())[0]
-            exact = surface_log_det(precise.bijection.inverse, z)
-        else:
-            log_det = diagonal_log_det if flow.bijection.is_discrete else jacobian_log_det
-            exact = log_det(lambda copies: whole(precise, copies), start.double())
-        of_bins = flow.dims * math.log(flow.num_bins or 1)
-        reason = _reason_of_whole(float(reported - exact), of_layers, of_bins)
-        error = beyond(reported - exact, sure).max() * bits
-        notes.add("log-det", error, inputs=IMAGES, reason=reason)
+            error = abs(reported - exact).max() * layers.bits
+            notes.add("log-det", error, NOISE_MODEL, IMAGES)
+        layers.where = ""
+        _check_whole(flow, precise, x, start, layers)
     except Exception as error:
-        notes.failed(("log-det",), error, where, IMAGES)
+        notes.failed(("log-det",), error, layers.where, IMAGES)
+
+
+def _latents(
+    flow: Flow, x: Tensor, start: Tensor, executor: Executor = FUSED
+) -> tuple[Tensor, Tensor]:
+    """Latents and log-dets of copies of an image `x`, from noise, or from noisy or real values."""
+    images = x.expand(len(start), -1, -1, -1)
+    if flow.kind.no_bits:
+        context = flow.conditioning(len(start), context=flow.context_of(images))
+        return flow.bijection.run(executor, "forward", start, context)
+    return flow.to_latents(images, start, executor)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a layer in float64 at one example, and the same layer in float32, `reporting`."""
+
+    name: str
+    layer: Bijection
+    reporting: Bijection
+    direction: Direction
+    own: Tensor | None  # its context, without guidance
+    result: tuple[Tensor, Tensor]
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The log-det at an input by the Jacobian, in nats."""
+        if self.layer.latent_dims(x.numel()) < x.numel():
+            return surface_log_det(lambda z: call(self.layer, "inverse", z), self.result[0])
+
+        def with_copies(copies: Tensor) -> tuple[Tensor, Tensor]:
+            own = self.own
+            same = None if own is None else own.expand(len(copies), *own.shape[1:])
+            return call(self.layer, self.direction, copies, same)
+
+        of = diagonal_log_det if self.layer.is_discrete else jacobian_log_det
+        return of(with_copies, x)
+
+    def reported(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and log-det at an input in float32."""
+        own = None if self.own is None else self.own.float()
+        return call(self.reporting, self.direction, x.float(), own)
+
+
+class _Layers:
+    """Checks each layer of a pass (`Watching`) in float64, and keeps its log-det in nats.
+
+    log_dets, errors: by the name of a layer; an error is six standard errors of an estimate.
+    where: the last layer of the pass so far.
+    """
+
+    def __init__(self, flow: Flow, notes: Notes):
+        self.reporting, self.notes = layers_of(flow), notes
+        self.bits = 1 / (flow.dims * math.log(2))
+        self.log_dets: dict[str, float] = {}
+        self.errors: dict[str, float] = {}
+        self.where = ""
+
+    def __call__(
+        self, name: str, layer: Bijection, direction: Direction, x: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        self.where = name
+        result = call(layer, direction, x, context)
+        if are_finite(x.float()).all():  # otherwise a layer before it is at fault
+            log_det, sure = averaged(layer, lambda: call(layer, direction, x, context)[1])
+            self.log_dets[name], self.errors[name] = float(log_det), float(sure)
+            own = unguided(context)
+            one = _Call(name, layer, self.reporting[name], direction, own, result)
+            if not isinstance(layer, ForeignLayer):
+                self._compare(one, x)
+            elif not layer.random_latents:  # else no map from its input has this log-det
+                self._check_inverse(one, log_det, sure)
+                self._compare_part(one, x)
+        return result
+
+    def _check_inverse(self, one: _Call, log_det: Tensor, sure: Tensor) -> None:
+        """Checks that the log-det of the inverse is the negative of `log_det`."""
+        back, own = averaged(one.layer, lambda: call(one.layer, "inverse", one.result[0])[1])
+        error = beyond(back + log_det, sure + own).max() * self.bits
+        same = abs(back - log_det).max() * self.bits < error
+        reason = "it has the sign of the forward direction" if same else ""
+        self.notes.add("log-det of the inverse", error, one.name, IMAGES, reason=reason)
+
+    def _compare_part(self, one: _Call, x: Tensor) -> None:
+        """Compares the log-det on the middle of a large input. A layer may hold its size in its
+        log-det. Then only its own size shows the error.
+        """
+        part = _middle(one.layer, x)
+        factor = x.numel() / part.numel()
+        if self._compare(one, part, factor) == "bad" and factor > 1:
+            small = x.numel() <= LARGEST_JACOBIAN
+            self._compare(one, x if small else part, 1 if small else factor, harmless=not small)
+
+    def _compare(self, one: _Call, x: Tensor, factor: float = 1, harmless: bool = False) -> Verdict:
+        """Adds the error of the log-det at an input, and returns its verdict. A bad one of a part
+        of the input, which is `factor` times as large, is only added if it is `harmless`.
+        """
+        z, log_det = one.reported(x)
+        lost, words = _lost_digits((z, log_det), one.result)
+        log_det, sure = averaged(one.reporting, lambda: one.reported(x)[1])
+        exact = one.exact(x)
+        error = beyond(log_det - exact, sure).max() * self.bits * factor
+        verdict = judge("log-det", float(error)).verdict
+        if factor == 1 or harmless or verdict != "bad":
+            reason = _reason(float(log_det), float(exact), z[0, 0].numel())
+            self.notes.add("log-det", error, one.name, IMAGES, harmless, reason)
+            self.notes.add("digits of the result", lost, one.name, IMAGES, reason=words)
+        return verdict
+
+
+def _check_whole(flow: Flow, precise: Flow, x: Tensor, start: Tensor, layers: _Layers) -> None:
+    """Checks the log-det of the whole flow, whose layers were checked before."""
+    # In float32, random numbers would differ from the Jacobian's.
+    one = precise if isinstance(flow, ForeignModel) and flow.is_random else flow
+    given = start.to(one.dtype)
+    if adds_noise(flow):
+        reported, sure = _latents(one, x, given)[1], torch.zeros(1)
+    else:
+        reported, sure = averaged(one, lambda: _latents(one, x, given)[1])
+    if _is_large(flow):
+        exact = precise.dequantizer(x, start.double())[1] + sum(layers.log_dets.values())
+        sure = sure + math.hypot(*layers.errors.values())
+    elif flow.kind.on_surface:
+        z = _latents(precise, x, start.double())[0]
+        exact = surface_log_det(precise.bijection.inverse, z)
+    else:
+        log_det = diagonal_log_det if flow.bijection.is_discrete else jacobian_log_det
+        exact = log_det(lambda copies: _latents(precise, x, copies), start.double())
+    of_bins = flow.dims * math.log(flow.num_bins or 1)
+    reason = _reason_of_whole(float(reported - exact), layers.log_dets, of_bins)
+    error = beyond(reported - exact, sure).max() * layers.bits
+    layers.notes.add("log-det", error, inputs=IMAGES, reason=reason)
 
 
 def _is_large(flow: Flow) -> bool:
@@ -166,16 +218,6 @@ def _middle(layer: Bijection, x: Tensor) -> Tensor:
     except Exception:  # a layer of this one size
         return x
     return middle
-
-
-def _check_inverse(
-    back: Tensor, log_det: Tensor, sure: Tensor, bits: float, name: str, notes: Notes
-) -> None:
-    """Checks that the log-det of the inverse, `back`, is the negative of `log_det`."""
-    error = beyond(back + log_det, sure).max() * bits
-    same = abs(back - log_det).max() * bits < error
-    reason = "it has the sign of the forward direction" if same else ""
-    notes.add("log-det of the inverse", error, name, IMAGES, reason=reason)
 
 
 def _lost_digits(single: tuple[Tensor, ...], double: tuple[Tensor, ...]) -> tuple[int, str]:
