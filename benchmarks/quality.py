@@ -1,15 +1,14 @@
 """Sample quality against bits/dim, for several ways to sample: temperature, guidance, denoising.
 
     python benchmarks/quality.py glow_cifar_small causal_cifar_small --num-images 1000 \\
-        --try "--temperature 1" --try "--temperature 0.9" --picture docs/quality.png
+        --try "temperature 1" --try "temperature 0.9" --picture docs/quality.png
 
-Each `--try` has options of `flowtrain quality`. The bits/dim are those of the samples under their
-own model.
+Each `--try` has options of `flowtrain quality` without their dashes. The bits/dim are of the
+samples under their own model.
 """
 
 import argparse
 import json
-import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,10 +44,11 @@ def main() -> None:
 
 def measured(model: str, way: str, count: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The figures of `flowtrain quality`, and those of `flowtrain evaluate` of the samples."""
+    words = [f"--{word}" if word.isalpha() else word for word in way.split()]
     with tempfile.TemporaryDirectory() as folder:
         samples, files = Path(folder) / "samples.npz", [Path(folder) / f"{i}.json" for i in (0, 1)]
         flowtrain(
-            *("quality", model, "--num-images", count, *shlex.split(way)),
+            *("quality", model, "--num-images", count, *words),
             *("--json", str(files[0]), "--out", str(samples)),
         )
         flowtrain(
@@ -74,9 +74,7 @@ def draw(
         x, y = [row[1]["loss"] for row in rows], [row[0]["fid"] for row in rows]
         axes.plot(x, y, "o-", label=model)
         for position, way in zip(zip(x, y, strict=True), ways, strict=True):
-            axes.annotate(
-                way.replace("--", ""), position, (4, 4), textcoords="offset points", fontsize=7
-            )
+            axes.annotate(way, position, (4, 4), textcoords="offset points", fontsize=7)
     first = next(iter(found.values()))[0]
     axes.set(
         xlabel=f"{first[1]['unit']} of samples under their own model",
