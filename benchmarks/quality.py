@@ -25,10 +25,11 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--try", dest="ways", action="append", required=True, metavar="OPTIONS")
     parser.add_argument("--num-images", default="1000")
+    parser.add_argument("--set", action="append", default=[], metavar="data.KEY=VALUE")
     parser.add_argument("--picture", help="a PNG of FID against bits/dim")
     options = parser.parse_args()
     found = {
-        model: [measured(model, way, options.num_images) for way in options.ways]
+        model: [measured(model, way, options.num_images, options.set) for way in options.ways]
         for model in options.models
     }
     titles = ["FID", "KID", "precision", "recall", "density", "coverage", "bits/dim of samples"]
@@ -42,18 +43,20 @@ def main() -> None:
         draw(found, options.ways, options.picture)
 
 
-def measured(model: str, way: str, count: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def measured(
+    model: str, way: str, count: str, data: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The figures of `flowtrain quality`, and those of `flowtrain evaluate` of the samples."""
     words = [f"--{word}" if word.isalpha() else word for word in way.split()]
     with tempfile.TemporaryDirectory() as folder:
         samples, files = Path(folder) / "samples.npz", [Path(folder) / f"{i}.json" for i in (0, 1)]
         flowtrain(
             *("quality", model, "--num-images", count, *words),
-            *("--json", str(files[0]), "--out", str(samples)),
+            *("--json", str(files[0]), "--out", str(samples), *data),
         )
         flowtrain(
             *("evaluate", model, "--data", str(samples), "--num-images", str(EVALUATED)),
-            *("--json", str(files[1])),
+            *("--json", str(files[1]), *data),
         )
         quality, evaluation = (json.loads(file.read_text()) for file in files)
     return quality, evaluation

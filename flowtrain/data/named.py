@@ -69,8 +69,11 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     if (config.name, path) == (own.name, own.options().get("path", Path())):
         return None
     if config.name in ("npz", "vectors"):
-        build = npz.build if config.name == "npz" else vectors.build
-        images: Images = build(config.root, "train", **options)
+        images: Images = (
+            npz.build(config.root, "train", **options)
+            if config.name == "npz"
+            else vectors.build(config.root, "test", **options)
+        )
         if images.rows is None:  # it has x_test
             return None
         return dataclasses.replace(images, rows=None, labels=None)

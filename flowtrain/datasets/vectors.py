@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -61,7 +60,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path) -> Images:
     def read() -> np.ndarray:
         with np.errstate(over="ignore"):  # infinite in float32
             x = np.ascontiguousarray(read_values(), np.float32)
-        _require_values(x, names, path, part)
+        _require_values(x, names, path, split)
         return x.reshape(*x.shape, 1, 1)
 
     def rows() -> np.ndarray:
@@ -70,9 +69,9 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path) -> Images:
     return Images((len(names), 1, 1), None, read, rows=None if own_test else rows)
 
 
-def _require_values(x: np.ndarray, names: list[str], path: Path, part: Part) -> None:
+def _require_values(x: np.ndarray, names: list[str], path: Path, split: Part) -> None:
     """Raises `UserError` naming the columns of `(N, D)` with missing values, or with a range of
-    fewer than `STEPS` float32 numbers, which a test split may have.
+    fewer than `STEPS` float32 numbers, which vectors to be scored may have.
     """
     bad = ~np.isfinite(x)
     found = [f"{names[i]} ({bad[:, i].sum():,})" for i in np.flatnonzero(bad.any(axis=0))]
@@ -83,7 +82,7 @@ def _require_values(x: np.ndarray, names: list[str], path: Path, part: Part) -> 
         )
     low, high = x.min(axis=0), x.max(axis=0)
     constant = high - low < STEPS * np.spacing(np.maximum(abs(low), abs(high)))
-    if constant.any() and part == "train":
+    if constant.any() and split == "train":
         raise UserError(
             f"{KEY}{path}: a constant has no density, and float32 does not resolve how these "
             f"columns vary: {_listed([names[i] for i in np.flatnonzero(constant)])}: leave them "
@@ -98,8 +97,8 @@ def _listed(names: list[str]) -> str:
 
 def _columns(path: Path) -> tuple[list[str], bool]:
     """The columns of a CSV file, and whether its first line has their names: it has no number."""
-    with _reading(path) as file:
-        first = file.readline().decode("utf-8-sig")
+    with _reading(path) as lines:
+        first = next(lines, "")
         texts = next(csv.reader([first]), [])
         named = bool(texts) and bool(np.isnan(np.genfromtxt([first], delimiter=",")).all())
     return texts if named else [f"column {i}" for i in range(len(texts))], named
@@ -107,19 +106,24 @@ def _columns(path: Path) -> tuple[list[str], bool]:
 
 def _values(path: Path, columns: int, named: bool) -> np.ndarray:
     """The numbers of a CSV file, float64 `(N, D)`. What is no number is NaN."""
-    with _reading(path) as file, warnings.catch_warnings():
+    with _reading(path) as lines, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for a file without rows
         x: np.ndarray = np.genfromtxt(
-            file, delimiter=",", skip_header=named, encoding="utf-8-sig", comments="\0"
+            lines, delimiter=",", skip_header=named, comments="\0", ndmin=2
         )
     if not x.size:
         raise UserError(f"{KEY}{path}: it has no rows")
-    return x.reshape(-1, columns)
+    if x.shape[1] != columns:
+        raise UserError(
+            f"{KEY}{path}: its first line has {columns} columns, and its rows have {x.shape[1]}"
+        )
+    return x
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
-    """A CSV file. Any error from its content becomes a message."""
+def _reading(path: Path) -> Iterator[Iterator[str]]:
+    """The lines of a CSV file that are not empty. Any error from its content becomes a message."""
     advice = "expected a CSV file with as many values in each line"
     with reading(f"{KEY}{path} cannot be read", advice), open_regular(path) as file:
-        yield file
+        texts = (line.decode("utf-8-sig") for line in file)
+        yield (text for text in texts if text.strip())

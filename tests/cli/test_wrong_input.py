@@ -55,6 +55,7 @@ def make(here: Path) -> None:
     texts = {
         "both.yaml": "train: {num_steps: 1, budget: 1min}\n",
         "sweep.yaml": "imagse: 3\nrows: [none]\n",
+        "ranges.yaml": "images: 9\nranges: {data.n_bits: [8, 5]}\n",
         "text": "a file, not a folder\n",
         "text.png": "no picture\n",
         "gone.csv": "file,x\ngone.png,1\n",
@@ -163,6 +164,7 @@ TABLE = [
     ("sweep --try none --images 9 --out new --set data.validation=0", "data.validation: 0"),
     ("sweep --try none --images 9 --out sub", "--out sub: holds other files than a sweep's"),
     ("sweep --try none --images 9 --out a_sweep", "--out a_sweep: another sweep, whose data.root"),
+    ("sweep ranges.yaml --out new", "data.n_bits changes the meaning"),
     ("sweep sweep.yaml --images 9 --out new", "sweep.yaml: imagse: unknown key; did you mean"),
     ("sweep both.yaml --images 9 --out new", "both.yaml: train: unknown key"),
     # --- evaluate

@@ -13,6 +13,8 @@ from helpers import a_config, perturb
 
 import flowtrain
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.config import parse
+from flowtrain.data.named import undivided
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import initialize
@@ -27,7 +29,7 @@ def written(folder, form):
     elif form == "npy":
         np.save(path, VALUES)
     else:
-        header = "power, in W,b,c\n".replace("power, in W", '"power, in W"')
+        header = "\npower, in W,b,c\n".replace("power, in W", '"power, in W"')
         lines = "\n\n".join(",".join(map(repr, row.tolist())) for row in VALUES)
         path.write_text(("\ufeff" + header if form == "csv with names" else "") + lines)
     return path
@@ -81,6 +83,8 @@ def saved(**changes):
         ("a.csv", lambda path: path.write_text("1,2\n3,cat\n"),
          r"texts or inf.* in column 1 \(1\), .* row 2"),
         ("a.csv", lambda path: path.write_text("a,b\n"), "it has no rows"),
+        ("a.csv", lambda path: path.write_text("a,b\n1,2,3\n4,5,6\n"),
+         "its first line has 2 columns, and its rows have 3"),
         ("a.csv", lambda path: path.write_text(""), "it has no rows"),
         ("a.csv", lambda path: path.write_bytes(b"\xff\xfe1"), r"a.csv cannot be read \(.*codec"),
         ("a.csv", lambda path: None, r"a.csv cannot be read \(.*No such file"),
@@ -93,9 +97,16 @@ def test_what_is_refused(name, make, message, tmp_path):
         build("vectors", "", "train", path=tmp_path / name).read()
 
 
-def test_a_test_split_may_have_a_constant_column(tmp_path):
+def test_vectors_to_be_scored_may_have_a_constant_column(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=VALUES, x_test=VALUES[:1])
     assert len(build("vectors", "", "test", path=tmp_path / "a.npz").read()) == 1
+    np.save(tmp_path / "b.npy", VALUES[:1])
+    own, other = (
+        parse({"data": {"name": "vectors", "path": str(tmp_path / name)}}).data
+        for name in ("a.npz", "b.npy")
+    )
+    images = undivided(other, own)
+    assert np.array_equal(images.read()[:, :, 0, 0], VALUES[:1]) and images.rows is None
 
 
 SPLINE = {"name": "realnvp", "levels": 1, "width": 8, "blocks": 1, "transform": "spline"}

@@ -1,9 +1,12 @@
 """Verifies a run: its data, its log, and its figures, which are measured again."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowtrain.checkpoints import record
 from flowtrain.checkpoints.format import SUFFIX, read
@@ -20,6 +23,7 @@ from flowtrain.system.console import counted, duration, figure, silent
 # The largest difference of a figure on another processor, in bits/dim. Rounding alone changes it
 # by about 1e-5, and the rows of the leaderboard have three digits.
 TOLERANCE = 5e-4
+SPLITS = ("train", "validation")  # of a log
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def verify(
         test=test,
         images=summary.images,
         seconds=summary.seconds,
-        parameters=summary.parameters,
+        parameters=sum(each.numel() for each in model.flow.parameters()),
         machine=f"{summary.machine}, {counted(meta['threads'] * meta['processes'], 'thread')}",
         reached=reached,
     )
@@ -164,10 +168,24 @@ def _require_log(found: Record, model: LoadedModel) -> None:
         "best validation figure": min(losses, default=None) == summary.best_validation_loss,
         "last step": max((row.step for row in found.rows), default=0) == summary.step,
         "times": times == sorted(times) and max(times, default=0) <= summary.seconds,
+        "losses in the log of TensorBoard": all(_are_in_events(found, split) for split in SPLITS),
     }
     for name, agrees in agreement.items():
         if not agrees:
             raise UserError(f"{run}: its files disagree on the {name}")
+
+
+def _are_in_events(found: Record, split: str) -> bool:
+    """Whether the losses of a split are, by step, as in TensorBoard's event files, in float32."""
+    events = EventAccumulator(str(found.path), size_guidance={"scalars": 0}).Reload()
+    tag = f"{split}/loss"
+    points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+    logged = {point.step: point.value for point in points if math.isfinite(point.value)}
+    rows = [row for row in found.rows if row.split == split]
+    losses = {row.step: row.loss for row in rows if row.loss is not None}
+    return losses.keys() == logged.keys() and all(
+        math.isclose(loss, logged[step], rel_tol=1e-6) for step, loss in losses.items()
+    )
 
 
 def _require_equal(run: Path, name: str, claimed: float | None, measured: float | None) -> None:

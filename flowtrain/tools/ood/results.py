@@ -142,12 +142,16 @@ def scores_csv(comparison: Comparison) -> bytes:
 
 def pictures(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
     """Each image of `outside` beside its heat map, as a name and a PNG file."""
-    flow = comparison.model.flow
+    flow, taken = comparison.model.flow, set[str]()
     num_bins = flow.kind.require_bins("heat maps are of images")
     for scored in comparison.outside:
         assert scored.heat is not None
         images = torch.from_numpy(scored.collection.images).split(1)
         for x, heat, name in zip(images, scored.heat, names_of(scored), strict=True):
             stem = f"{scored.collection.name}-{name.removesuffix('.png')}"
-            file = re.sub(r"[^\w.-]+", "_", stem).lstrip("._")
+            stem = re.sub(r"[^\w.-]+", "_", stem).lstrip("._")
+            file = stem
+            while file in taken:  # `a b.png` and `a_b.png`
+                file = f"{stem}-{len(taken)}"
+            taken.add(file)
             yield f"{file}.png", png(picture(x, heat[None], num_bins, 2))

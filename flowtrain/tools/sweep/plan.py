@@ -81,8 +81,13 @@ def planned(values: Mapping[str, Any], base: Config, where: str) -> Plan:
         raise UserError(f"{where}: give either --seconds or --images, the budget of a trial")
     if not base.data.validation:
         raise UserError("data.validation: 0, but rows are compared on the validation images")
-    firsts = {key: x[0] if isinstance(x, list) else x.get("low") for key, x in plan.ranges.items()}
-    for row in [*plan.rows, row_of(firsts)]:
+    ranges: dict[str, list[Any]] = {
+        key: x if isinstance(x, list) else [x.get("low"), x.get("high")]
+        for key, x in plan.ranges.items()
+    }
+    firsts = {key: values[0] for key, values in ranges.items()}
+    of_ranges = [row_of({**firsts, key: x}) for key, each in ranges.items() for x in each]
+    for row in [*plan.rows, *of_ranges]:
         if changed := differences(_measured(base), _measured(plan.config(row))):
             raise UserError(
                 f"row {row}: {changed[0][0]} changes the meaning of the loss, so rows would not "

@@ -28,7 +28,8 @@ from flowtrain.system import files
 Call = Callable[[Sequence[str], BinaryIO], int]  # words of a command, its output, its exit code
 LONGEST_FILE = 2**28  # bytes of a log, or of numbers for each validation image
 # By the exit code of a command: the signal that stopped it, after it had saved or at once.
-STOPPED = {code: s for s in (signal.SIGINT, signal.SIGTERM) for code in (128 + s, -s)}
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+STOPPED = {code: s for s in SIGNALS for code in (128 + s, -s)}
 
 
 class Result(File):
@@ -105,7 +106,7 @@ class Trial:
         outputs = ["--json", str(evaluation), "--scores", str(scores)]
         for words in (
             ["train", *train, "--run-dir", str(self.path)],
-            ["evaluate", str(last), "--split", "validation", *outputs],
+            ["evaluate", str(last), "--split", "validation", "--trust-code", *outputs],
         ):
             with files.append_regular(self.path / "log.txt") as log:
                 before = log.tell()

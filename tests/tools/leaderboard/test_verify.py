@@ -10,6 +10,7 @@ import torch
 from catalogue import TINY_RUN, sets
 from cli_helpers import quick
 from helpers import SHARED, npz
+from torch.utils.tensorboard import SummaryWriter
 
 from flowtrain.checkpoints.load import load_model
 from flowtrain.config import parse
@@ -83,12 +84,26 @@ def rows_changed(run, **changes):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def earlier(run):
+    """Another figure of the first validation, which is not the best."""
+    file = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    next(row for row in rows if row["split"] == "validation")["loss"] += 1e-4
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def better(run):
     """A figure that no checkpoint has, the same in all files."""
     best = json.loads((run / "summary.json").read_text())["best_validation_loss"] - 0.01
     values = {"loss": best, "bits_per_dim": best}
     rows_changed(run, **values)
     edit(run / "summary.json", **{f"best_validation_{key}": value for key, value in values.items()})
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    step = rows[-1]["step"]
+    with SummaryWriter(str(run), purge_step=step) as writer:
+        for row in rows:
+            if row["step"] == step:
+                writer.add_scalar(f"{row['split']}/loss", row["loss"], step)
 
 
 def faster(run):
@@ -108,6 +123,7 @@ CHANGES = {
     ),
     "its files disagree on the times": lambda run: rows_changed(run, seconds=0.0),
     "its files disagree on the last step": lambda run: rows_changed(run, step=100),
+    "its files disagree on the losses in the log of TensorBoard": earlier,
     "not a finished run": lambda run: edit(run / "summary.json", finished=False),
     "its best validation figure is .*, but its best checkpoint has": better,
     "its test figure is 1.0, but its best checkpoint has": lambda run: edit(

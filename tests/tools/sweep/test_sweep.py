@@ -112,6 +112,7 @@ def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
         (-signal.SIGKILL, "step 1\n", "ended by SIGKILL, perhaps for lack of memory"),
         (143, "stopped", None),
         (-signal.SIGINT, "", None),
+        (-signal.SIGHUP, "", None),
     ],
 )
 def test_a_command_that_fails_or_is_stopped(code, output, message, tmp_path):
