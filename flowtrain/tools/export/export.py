@@ -10,10 +10,12 @@ from torch import Tensor
 import flowtrain
 from flowtrain.checkpoints import about
 from flowtrain.checkpoints.load import LoadedModel
+from flowtrain.errors import UserError
+from flowtrain.foreign.model import ForeignModel
 from flowtrain.system.random import Stream, generator
 from flowtrain.tools.export.formats import SUFFIX, Format, encoded, require_packages, runner
 from flowtrain.tools.export.graphs import graphs_of
-from flowtrain.tools.export.verify import Check, checks, round_trip
+from flowtrain.tools.export.verify import RANDOM, Check, checks, round_trip
 
 FACTS = "model.json"  # `metadata`, for programs that read no ONNX
 IMAGES = 64  # of each kind in a comparison
@@ -42,9 +44,12 @@ def export(
         note: Called with each check, and each graph that is left out.
 
     Raises:
-        UserError: A package is missing, the likelihood is no graph, or torch cannot translate it.
+        UserError: A package is missing, the likelihood is no graph, torch cannot translate it, or
+            the flow is of other code.
         RunError: A file differs from torch.
     """
+    if isinstance(model.flow, ForeignModel):
+        raise UserError(f"{model.checkpoint.path}: a flow of other code, which is not exported")
     if to == "onnx":
         require_packages("--to onnx")
     flow, kind = model.flow, "test images"
@@ -61,7 +66,7 @@ def export(
     if images is None:
         images, kind = flow.sample(IMAGES, generator=generator(0, Stream.LATENTS)), "samples"
     noise = flow.kind.uniform_like(images, generator(0, Stream.EVALUATION))
-    for x, of in ((images, kind), (noise, "random images")):
+    for x, of in ((images, kind), (noise, RANDOM)):
         for check in checks(flow, graphs, runs, x, of):
             note(check)
             check.require()

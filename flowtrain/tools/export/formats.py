@@ -73,7 +73,8 @@ def encoded(graph: Graph, to: Format, facts: Mapping[str, Any], opset: int) -> b
         return _encoded(graph, to, facts, opset)
     except RuntimeError as error:  # all of torch's are
         raise UserError(
-            f"{graph.name}: torch {torch.__version__} cannot translate this model: {short(error)}"
+            f"{graph.name}: torch {torch.__version__} cannot translate this model: "
+            f"{short(error.__cause__ or error)}"
         ) from error
 
 

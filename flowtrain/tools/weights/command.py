@@ -46,6 +46,6 @@ def import_(
     from flowtrain.tools.weights.convert import import_file
 
     check_suffix(out, (".safetensors",))
-    target = out or file.with_suffix(".safetensors")
+    target = out or file.parent / f"{file.stem}.safetensors"
     import_file(file, project, options.words(), target)
     console.print(f"wrote {target}: flowtrain evaluate {shlex.quote(str(target))}")

@@ -117,6 +117,13 @@ def test_facts_in_the_file():
     assert beside["shape"] == [3, 4, 4] and beside["levels"] == 256
 
 
+def test_a_damaged_model_is_refused():
+    model = a_model("maf", points=True)
+    next(p for p in model.flow.parameters() if p.ndim == 2).view(-1)[0] = torch.nan
+    with pytest.raises(RunError, match="log_prob of test images: the largest difference is nan"):
+        exporting.export(model, "torch", torch.randn(8, 2, 1, 1, generator=seeded()))
+
+
 def test_points_and_the_format_of_torch():
     model = a_model("nice", points=True)
     files = exporting.export(model, "torch")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from flowtrain.errors import UserError
 from flowtrain.evaluation.heat import HeatMaps
 from flowtrain.evaluation.score import score
 from flowtrain.tools.ood.detector import Detector
+from flowtrain.tools.ood.images import Collection
+from flowtrain.tools.ood.results import pictures
+from flowtrain.tools.ood.scores import Comparison, Scored
 from flowtrain.tools.ood.verdict import p_values, rate, threshold
 
 
@@ -129,6 +133,16 @@ def test_the_command(tmp_path):
     # The same in another order of words, without pictures or verdicts.
     quick("ood", "run", "data.split_seed=0", "photos", "--json", "o.json", cwd=tmp_path).ok()
     assert "verdict" not in json.loads((tmp_path / "o.json").read_text())
+
+
+def test_the_names_of_heat_maps_differ():
+    x, names = images(3, (1, 4, 4)).numpy(), ["a b.png", "a_b.png", "a/b.png"]
+    collection = Collection("photos", x, np.arange(3), names=names)
+    flow = tiny_flow("glow", (1, 4, 4))
+    scored = Scored(collection, np.zeros(3), 0.0, flow.kind, np.zeros((3, 4, 4)))
+    model = SimpleNamespace(flow=flow)
+    found = [name for name, _ in pictures(Comparison(model, 0, scored, scored, [scored], "local"))]
+    assert found == ["photos-a_b.png", "photos-a_b-1.png", "photos-a_b-2.png"]
 
 
 @pytest.mark.run
