@@ -291,7 +291,6 @@ TABLE = [
     ("import gone.pt --from y0ast", "gone.pt: cannot be read: No such file"),
     ("import text --from glow", "--from", "rosinality"),
     # --- export
-    ("export own.py:flow --to torch", "own.py:flow: a flow of other code"),
     ("export run --to tflite", "--to", "'onnx', 'torch'"),
     ("export run --opset 17", "--opset", "greater than or equal to 18"),
     ("export run --to torch --opset 18", "--opset 18: it is for --to onnx"),

@@ -16,12 +16,15 @@ from catalogue import TINY
 from cli_helpers import quick, trained, tree
 from helpers import REPOSITORY, a_config, perturb, seeded
 from PIL import Image
+from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
 
+from flowtrain import Foreign
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.flow import initialize
+from flowtrain.foreign.model import ForeignModel
 from flowtrain.system import packages
 from flowtrain.tools.export import export as exporting
 from flowtrain.tools.export import formats
@@ -184,6 +187,14 @@ def test_a_likelihood_that_is_no_graph(name, monkeypatch):
     monkeypatch.setitem(FAMILIES, name, ({}, {}, set()))
     with pytest.raises(UserError, match="tiny.safetensors: its likelihood"):
         exporting.export(a_model(name, points=True))
+
+
+def test_a_flow_of_other_code():
+    base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+    flow = ForeignModel(Foreign(TransformedDistribution(base, [AffineTransform(0.5, 2.0)]), (2,)))
+    model = LoadedModel(flow, a_config("nice"), "raw", Checkpoint(Path("own.py:flow"), {}, {}))
+    with pytest.raises(UserError, match="own.py:flow: a flow of other code"):
+        exporting.export(model, "torch")
 
 
 @pytest.mark.parametrize("to", ["onnx", "torch"])
