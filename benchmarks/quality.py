@@ -75,7 +75,7 @@ def draw(
     figure, axes = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for model, rows in found.items():
         x, y = [row[1]["loss"] for row in rows], [row[0]["fid"] for row in rows]
-        axes.plot(x, y, "o-", label=model)
+        axes.plot(x, y, "o-", label=Path(model).name)
         for position, way in zip(zip(x, y, strict=True), ways, strict=True):
             axes.annotate(way, position, (4, 4), textcoords="offset points", fontsize=7)
     first = next(iter(found.values()))[0]
