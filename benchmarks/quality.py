@@ -56,7 +56,7 @@ def measured(
         )
         flowtrain(
             *("evaluate", model, "--data", str(samples), "--num-images", str(EVALUATED)),
-            *("--json", str(files[1]), *data),
+            *("--json", str(files[1])),
         )
         quality, evaluation = (json.loads(file.read_text()) for file in files)
     return quality, evaluation
