@@ -58,21 +58,38 @@ def configured(
     from an earlier command, or else a new choice. `settings` (`KEY=VALUE`) have the last word.
 
     Raises `UserError` as `choose` does, for a wrong `budget`, and if the run in `run_dir` was for
-    another purpose.
+    other data or another purpose.
     """
     length = configuration.parse({"train": {"budget": budget}}, "--budget").train.budget
     assert length is not None
     path = run_dir / "config.yaml"
     if not distributed.from_main(path.exists):
         return choose(name, length, purpose, settings, device)
-    values = configuration.load_yaml(path)
-    there, here = values["model"]["name"], FAMILIES[purpose].sizes["colour"][0].model["name"]
-    if there != here:
-        raise UserError(f"--for {purpose}: {path} has the model {there}; give another --run-dir")
-    if values["train"].get("budget") is not None:
-        values["train"]["budget"] = length
+    values, where = configuration.load_yaml(path), f"DATA {name}"
+    chosen = configuration.parse(values, str(path), trust_code=True).train
+    lengths = [] if chosen.budget is None else [f"train.budget={length}"]
+    model = dict(FAMILIES[purpose].sizes["colour"][0].model)
+    wanted = configuration.override({"data": _named(name), "model": model}, settings)
+    here = configuration.parse(wanted, where, trust_code=True)
+    values = configuration.override(values, [*lengths, *settings])
+    there = configuration.parse(values, str(path), trust_code=True)
+    if _source(there.data) != _source(here.data):
+        raise UserError(f"{where}: {path} is of other data; give another --run-dir")
+    if there.model.name != here.model.name:
+        raise UserError(
+            f"--for {purpose}: {path} has the model {there.model.name}; give another --run-dir"
+        )
     console.print(f"as chosen before: {path}")
-    return configuration.parse(configuration.override(values, settings), str(path), trust_code=True)
+    if chosen.num_steps is not None and there.train.num_steps == chosen.num_steps:
+        console.print(
+            f"length: {chosen.num_steps:,} steps, to which --budget does not apply; to train "
+            "longer, add train.num_steps=STEPS --extend"
+        )
+    return there
+
+
+def _source(data: Data) -> tuple[str, Path]:
+    return data.name, Path(data.options().get("path", "")).resolve()
 
 
 def choose(
@@ -182,10 +199,13 @@ def _default_data() -> Data:
     return configuration.parse({}).data
 
 
+def _named(name: str) -> Values:
+    return section_named(name, _default_data(), (3, SIDES[0], SIDES[0]), "DATA")
+
+
 def _section(name: str) -> Values:
     """The `data` section of a NAME on a command line. A folder's images decide size and colour."""
-    section = section_named(name, _default_data(), (3, SIDES[0], SIDES[0]), "DATA")
-    path = Path(name)
+    section, path = _named(name), Path(name)
     if section["name"] != "folder":
         return section
     if not path.is_dir():

@@ -176,23 +176,54 @@ def test_a_glow_has_the_levels_that_the_sides_allow(tmp_path, pace):
 
 @pytest.mark.run
 def test_the_same_command_goes_on_with_its_choice(tmp_path):
-    photos(tmp_path / "photos", [(10, 10)] * 30, "RGB")
+    photos(tmp_path / "photos.v1", [(10, 10)] * 30, "RGB")
     tiny = ["model.width=8", "model.blocks=1"]
-    command = ["train", "photos", "--budget", "1h", *tiny, "train.num_steps=3"]
+    command = ["train", "photos.v1", "--budget", "1h", *tiny, "train.num_steps=3"]
     assert "27 colour images of 8x8" in quick(*command, cwd=tmp_path).ok().out
-    run = tmp_path / "runs" / "photos-likelihood-1h"
+    run = tmp_path / "runs" / "photos.v1-likelihood"
     chosen = (run / "config.yaml").read_text()
     second = quick(*command, cwd=tmp_path).ok().out
     assert "as chosen before" in second
+    assert "length: 3 steps, to which --budget does not apply" in second
     assert "is finished" in second
     assert (run / "config.yaml").read_text() == chosen
     quick(*command[:-1], "train.num_steps=5", "--extend", cwd=tmp_path).ok()
     quick("evaluate", run, cwd=tmp_path).ok()
-    other = quick("train", "photos", "--for", "latents", "--run-dir", run, cwd=tmp_path)
-    other.failed(2, "--for latents", "has the model causal", "--run-dir")
 
 
-def test_a_longer_budget_extends_a_run(tmp_path):
-    (tmp_path / "config.yaml").write_text("{model: {name: causal}, train: {budget: 60}}")
-    found = dial.configured("digits", "2h", "likelihood", ["seed=3"], tmp_path, CPU)
+CHOSEN = "{data: {name: npz, path: x.npz}, model: {name: causal}, train: {budget: 60}}"
+
+
+def chosen_before(folder, config=CHOSEN, settings=(), name="x.npz"):
+    (folder / "config.yaml").write_text(config)
+    return dial.configured(name, "2h", "likelihood", settings, folder, CPU)
+
+
+def test_another_budget_is_for_the_configuration_chosen_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    npz("x.npz")
+    found = chosen_before(tmp_path, settings=["seed=3"], name="./x.npz")
     assert (found.train.budget, found.seed) == (7200, 3)
+    assert chosen_before(tmp_path, settings=["train.budget=9"]).train.budget == 9
+    ended = CHOSEN.replace("budget: 60", "num_steps: 60")
+    assert chosen_before(tmp_path, ended).train.num_steps == 60
+    assert chosen_before(tmp_path, ended, settings=["train.num_steps=99"]).train.num_steps == 99
+    glow = CHOSEN.replace("causal", "glow")
+    assert chosen_before(tmp_path, glow, settings=["model.name=glow"]).model.name == "glow"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CHOSEN.replace("x.npz", "y.npz"), "is of other data; give another --run-dir"),
+        ("", "is of other data"),
+        (CHOSEN.replace("causal", "glow"), "--for likelihood: .* has the model glow; give another"),
+        ("model: causal", "config.yaml: model: expected keys and values"),
+        ("train: null", "config.yaml: train: expected keys and values"),
+    ],
+)
+def test_a_run_directory_of_another_command(tmp_path, monkeypatch, config, message):
+    monkeypatch.chdir(tmp_path)
+    npz("x.npz")
+    with pytest.raises(UserError, match=message):
+        chosen_before(tmp_path, config)
