@@ -22,6 +22,7 @@ from flowtrain.system import distributed
 from flowtrain.system.capacity import left
 from flowtrain.system.console import console, duration
 from flowtrain.training.dial_rules import (
+    CAUSAL,
     EXTREMES,
     FAMILIES,
     FEW,
@@ -129,24 +130,30 @@ def choose(
         own |= {"model": _model(size, data, where), "train": own["train"] | keys}
         return configuration.parse(configuration.override(own, settings), where, trust_code=True)
 
+    keys_given = {each.partition("=")[0].strip() for each in settings}
+    batch_given = not keys_given.isdisjoint({"train.batch_size", "train.accumulate"})
+
     def step(size: Size, precision: str) -> Step | None:
-        return _measured(config(size, precision=precision), data, device)
+        return _measured(config(size, precision=precision), data, device, not batch_given)
 
     size, found = sizes[0], step(sizes[0], "fp32")
     if found is None:
-        raise UserError(f"{where}: a step of one image does not fit into the memory")
+        images = "the batch given" if batch_given else "one image"
+        raise UserError(f"{where}: a step of {images} does not fit into the memory")
     if not few and (fast := step(size, "bf16")) and found.seconds > FASTER * fast.seconds:
         found = fast
     console.print(f"precision: {found.precision}")
     for larger in () if few else sizes[1:]:
-        after = step(larger, found.precision)
-        steps = budget / after.seconds if after else 0
-        if after is None or steps < larger.steps:
+        reason = "does not fit into the memory"
+        try:
+            after = step(larger, found.precision)
+        except UserError as error:
+            after, reason = None, f"is not possible: {error}"
+        if after and (steps := budget / after.seconds) < larger.steps:
             reason = f"has {steps:,.0f} steps in that time, and needs {larger.steps:,}"
-            console.print(
-                f"not larger: width {larger.model['width']} "
-                f"{reason if after else 'does not fit into the memory'}"
-            )
+            after = None
+        if after is None:
+            console.print(f"not larger: width {larger.model['width']} {reason}")
             break
         size, found = larger, after
     steps = max(1, int(budget / found.seconds))
@@ -156,14 +163,18 @@ def choose(
     )
     keys: Values = dataclasses.asdict(found)
     del keys["seconds"]
-    passes = PASSES_OF_FEW if few else PASSES
-    enough = max(LEAST_STEPS, passes * count // batch)
+    seen = count - VALIDATED if config(size).data.validation == VALIDATED else len(train)
+    of_a_step = found.batch_size * found.accumulate * distributed.world()
+    enough = max(LEAST_STEPS, (PASSES_OF_FEW if few else PASSES) * seen // of_a_step)
     if enough < steps:
-        console.print(f"length: {enough:,} steps, or {passes} passes, as more would not help")
+        passes = round(enough * of_a_step / seen)
+        console.print(f"length: {enough:,} steps, or {passes:,} passes, as more would not help")
         keys["num_steps"] = steps = enough
         del values["train"]["budget"]
     every = _round(steps / VALIDATIONS)
-    keys |= {"validate_every": every, "checkpoint_every": every, "sample_every": 2 * every}
+    # A causal flow takes long for a picture, so the one at the end must do.
+    pictured = 10 * _round(steps) if family is CAUSAL else 2 * every
+    keys |= {"validate_every": every, "checkpoint_every": every, "sample_every": pictured}
     return config(size, log_every=min(100, max(10, every // 10)), **keys)
 
 
@@ -177,17 +188,19 @@ class Step:
     seconds: float
 
 
-def _measured(config: Config, data: DataSet, device: torch.device) -> Step | None:
+def _measured(
+    config: Config, data: DataSet, device: torch.device, divides: bool = True
+) -> Step | None:
     """A step with its batch divided (`train.accumulate`) until the activations fit. None if those
-    of one image do not. All processes find the same.
+    of one image do not, or those of a batch that must not be divided. All processes find the same.
     """
     flow, train = build_flow(config, data.shape, data.num_bins).to(device), config.train
     image = max(1, activations_of_an_image(flow, config))
-    most = min(distributed.all_gather_object(left(device) // (ROOM * image)))
-    if not most:
-        return None
+    free = min(distributed.all_gather_object(left(device)))
     batch, parts = train.batch_size, train.accumulate
-    while batch > most:
+    if free < image * (ROOM if divides else batch):
+        return None
+    while divides and batch > free // (ROOM * image):
         batch, parts = batch // 2, 2 * parts
     keys = {"batch_size": batch, "accumulate": parts}
     config = config.model_copy(update={"train": train.model_copy(update=keys)})

@@ -22,10 +22,10 @@ def pace(monkeypatch):
     """Sets the seconds of a step, and the largest batch that fits."""
 
     def steps_take(seconds, largest=2**20, precision="bf16"):
-        def measured(config, data, device):
+        def measured(config, data, device, divides):
             train, slow = config.train, config.train.precision != precision
-            batch = min(train.batch_size, largest)
-            parts = -(-train.batch_size // batch) if batch else 0
+            batch = min(train.batch_size, largest) if divides else train.batch_size
+            parts = train.accumulate * -(-train.batch_size // batch) if batch else 0
             time = seconds * (1 + slow)
             return dial.Step(train.precision, batch, parts, time) if batch else None
 
@@ -48,7 +48,7 @@ def choose(data, budget=1800.0, purpose="likelihood", settings=()):
     ],
 )
 def test_half_an_hour_has_the_configuration_tuned_by_hand(tmp_path, pace, name, purpose, shape):
-    npz(tmp_path / "x.npz", 8200, shape=shape)
+    npz(tmp_path / "x.npz", 9200, shape=shape)
     pixels = dict(np.load(tmp_path / "x.npz"))
     if shape == (28, 28):  # MNIST is mostly black
         pixels["x_train"][:, 4:] = 0
@@ -78,19 +78,25 @@ def test_a_size_needs_its_steps(tmp_path, pace):
 
 
 def test_a_run_ends_before_its_images_are_learned_by_heart(tmp_path, pace):
-    npz(tmp_path / "x.npz", 2000, shape=(32, 32, 3))
-    pace(0.1)
-    assert choose(tmp_path / "x.npz", 3600).train.num_steps == 30 * 2000 // 32
-    assert choose(tmp_path / "x.npz", 180).train.budget == 180
+    pace(0.01)
+    for shape, count, kept in (((32, 32, 3), 2000, 1800), ((8, 8, 3), 12000, 11000)):
+        npz(tmp_path / "x.npz", count, shape=shape)
+        assert choose(tmp_path / "x.npz", 3600).train.num_steps == 30 * kept // 32
+        assert choose(tmp_path / "x.npz", 10).train.budget == 10
+    two = choose(tmp_path / "x.npz", 3600, settings=["train.accumulate=2"]).train
+    assert two.num_steps == 30 * 11000 // 64
 
 
-def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_path, pace):
+def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_path, pace, capsys):
     data = tmp_path / "x.npz"
     npz(data, 20, shape=(8, 8, 3))
     pace(0.001)
     train = choose(data).train
     assert (train.num_steps, train.budget, train.batch_size) == (1000, None, 18)
+    assert "1,000 steps, or 1,000 passes" in capsys.readouterr().out
     assert (train.schedule, train.weight_decay) == ("constant", 1.0)
+    assert train.sample_every > 1000
+    assert choose(data, purpose="latents").train.sample_every < 1000
     pace(10)
     assert choose(data).train.budget == 1800
 
@@ -101,6 +107,10 @@ def test_a_batch_is_divided_until_it_fits(tmp_path, pace):
     pace(0.25, largest=8)
     train = choose(data).train
     assert (train.batch_size, train.accumulate) == (8, 4)
+    for given in (128, 1), (32, 3):
+        keys = [f"train.batch_size={given[0]}", f"train.accumulate={given[1]}"]
+        train = choose(data, settings=keys).train
+        assert (train.batch_size, train.accumulate) == given
     pace(0.25, largest=0)
     with pytest.raises(UserError, match="a step of one image does not fit"):
         choose(data)
@@ -118,8 +128,19 @@ def test_the_measured_step_fits_into_the_memory(tmp_path, monkeypatch):
     step = dial._measured(config, data, CPU)
     assert (step.batch_size, step.accumulate) == (16, 4)
     assert step.seconds > 0
+    whole = dial._measured(config, data, CPU, divides=False)
+    assert (whole.batch_size, whole.accumulate) == (64, 1)
+    monkeypatch.setattr(dial, "left", lambda device: 63 * image)
+    assert dial._measured(config, data, CPU, divides=False) is None
     monkeypatch.setattr(dial, "left", lambda device: dial.ROOM * image - 1)
     assert dial._measured(config, data, CPU) is None
+
+
+@pytest.mark.run
+def test_images_too_small_for_a_larger_size_get_the_smaller_one(tmp_path, capsys):
+    npz(tmp_path / "x.npz", 7500, shape=(3, 50))
+    assert choose(tmp_path / "x.npz").model.options()["width"] == 48
+    assert "width 64 is not possible: model.downsample: 2 needs" in capsys.readouterr().out
 
 
 def test_the_faster_precision_is_chosen(tmp_path, pace):
