@@ -107,10 +107,9 @@ def test_a_batch_is_divided_until_it_fits(tmp_path, pace):
     pace(0.25, largest=8)
     train = choose(data).train
     assert (train.batch_size, train.accumulate) == (8, 4)
-    for given in (128, 1), (32, 3):
-        keys = [f"train.batch_size={given[0]}", f"train.accumulate={given[1]}"]
-        train = choose(data, settings=keys).train
-        assert (train.batch_size, train.accumulate) == given
+    for given, expected in (("batch_size=128", (128, 1)), ("accumulate=3", (32, 3))):
+        train = choose(data, settings=[f"train.{given}"]).train
+        assert (train.batch_size, train.accumulate) == expected
     pace(0.25, largest=0)
     with pytest.raises(UserError, match="a step of one image does not fit"):
         choose(data)
