@@ -165,7 +165,8 @@ def train(
         from flowtrain.training import dial
 
         purpose, budget = purpose or "likelihood", budget or "30min"
-        run_dir = run_dir or Path("runs") / f"{Path(data).resolve().stem}-{purpose}-{budget}"
+        path = Path(data).resolve()
+        run_dir = run_dir or Path("runs") / f"{path.name if path.is_dir() else path.stem}-{purpose}"
         loaded = dial.configured(data, budget, purpose, words, run_dir, target)
     elif budget or purpose:
         raise UserError(

@@ -22,6 +22,7 @@ from flowtrain.system import distributed
 from flowtrain.system.capacity import left
 from flowtrain.system.console import console, duration
 from flowtrain.training.dial_rules import (
+    CAUSAL,
     EXTREMES,
     FAMILIES,
     FEW,
@@ -58,21 +59,38 @@ def configured(
     from an earlier command, or else a new choice. `settings` (`KEY=VALUE`) have the last word.
 
     Raises `UserError` as `choose` does, for a wrong `budget`, and if the run in `run_dir` was for
-    another purpose.
+    other data or another purpose.
     """
     length = configuration.parse({"train": {"budget": budget}}, "--budget").train.budget
     assert length is not None
     path = run_dir / "config.yaml"
     if not distributed.from_main(path.exists):
         return choose(name, length, purpose, settings, device)
-    values = configuration.load_yaml(path)
-    there, here = values["model"]["name"], FAMILIES[purpose].sizes["colour"][0].model["name"]
-    if there != here:
-        raise UserError(f"--for {purpose}: {path} has the model {there}; give another --run-dir")
-    if values["train"].get("budget") is not None:
-        values["train"]["budget"] = length
+    values, where = configuration.load_yaml(path), f"DATA {name}"
+    chosen = configuration.parse(values, str(path), trust_code=True).train
+    lengths = [] if chosen.budget is None else [f"train.budget={length}"]
+    model = dict(FAMILIES[purpose].sizes["colour"][0].model)
+    wanted = configuration.override({"data": _named(name), "model": model}, settings)
+    here = configuration.parse(wanted, where, trust_code=True)
+    values = configuration.override(values, [*lengths, *settings])
+    there = configuration.parse(values, str(path), trust_code=True)
+    if _source(there.data) != _source(here.data):
+        raise UserError(f"{where}: {path} is of other data; give another --run-dir")
+    if there.model.name != here.model.name:
+        raise UserError(
+            f"--for {purpose}: {path} has the model {there.model.name}; give another --run-dir"
+        )
     console.print(f"as chosen before: {path}")
-    return configuration.parse(configuration.override(values, settings), str(path), trust_code=True)
+    if chosen.num_steps is not None and there.train.num_steps == chosen.num_steps:
+        console.print(
+            f"length: {chosen.num_steps:,} steps, to which --budget does not apply; to train "
+            "longer, add train.num_steps=STEPS --extend"
+        )
+    return there
+
+
+def _source(data: Data) -> tuple[str, Path]:
+    return data.name, Path(data.options().get("path", "")).resolve()
 
 
 def choose(
@@ -112,24 +130,30 @@ def choose(
         own |= {"model": _model(size, data, where), "train": own["train"] | keys}
         return configuration.parse(configuration.override(own, settings), where, trust_code=True)
 
+    keys_given = {each.partition("=")[0].strip() for each in settings}
+    batch_given = not keys_given.isdisjoint({"train.batch_size", "train.accumulate"})
+
     def step(size: Size, precision: str) -> Step | None:
-        return _measured(config(size, precision=precision), data, device)
+        return _measured(config(size, precision=precision), data, device, not batch_given)
 
     size, found = sizes[0], step(sizes[0], "fp32")
     if found is None:
-        raise UserError(f"{where}: a step of one image does not fit into the memory")
+        images = "the batch given" if batch_given else "one image"
+        raise UserError(f"{where}: a step of {images} does not fit into the memory")
     if not few and (fast := step(size, "bf16")) and found.seconds > FASTER * fast.seconds:
         found = fast
     console.print(f"precision: {found.precision}")
     for larger in () if few else sizes[1:]:
-        after = step(larger, found.precision)
-        steps = budget / after.seconds if after else 0
-        if after is None or steps < larger.steps:
+        reason = "does not fit into the memory"
+        try:
+            after = step(larger, found.precision)
+        except UserError as error:
+            after, reason = None, f"is not possible: {error}"
+        if after and (steps := budget / after.seconds) < larger.steps:
             reason = f"has {steps:,.0f} steps in that time, and needs {larger.steps:,}"
-            console.print(
-                f"not larger: width {larger.model['width']} "
-                f"{reason if after else 'does not fit into the memory'}"
-            )
+            after = None
+        if after is None:
+            console.print(f"not larger: width {larger.model['width']} {reason}")
             break
         size, found = larger, after
     steps = max(1, int(budget / found.seconds))
@@ -139,14 +163,18 @@ def choose(
     )
     keys: Values = dataclasses.asdict(found)
     del keys["seconds"]
-    passes = PASSES_OF_FEW if few else PASSES
-    enough = max(LEAST_STEPS, passes * count // batch)
+    seen = count - VALIDATED if config(size).data.validation == VALIDATED else len(train)
+    of_a_step = found.batch_size * found.accumulate * distributed.world()
+    enough = max(LEAST_STEPS, (PASSES_OF_FEW if few else PASSES) * seen // of_a_step)
     if enough < steps:
-        console.print(f"length: {enough:,} steps, or {passes} passes, as more would not help")
+        passes = round(enough * of_a_step / seen)
+        console.print(f"length: {enough:,} steps, or {passes:,} passes, as more would not help")
         keys["num_steps"] = steps = enough
         del values["train"]["budget"]
     every = _round(steps / VALIDATIONS)
-    keys |= {"validate_every": every, "checkpoint_every": every, "sample_every": 2 * every}
+    # A causal flow takes long for a picture, so the one at the end must do.
+    pictured = 10 * _round(steps) if family is CAUSAL else 2 * every
+    keys |= {"validate_every": every, "checkpoint_every": every, "sample_every": pictured}
     return config(size, log_every=min(100, max(10, every // 10)), **keys)
 
 
@@ -160,17 +188,19 @@ class Step:
     seconds: float
 
 
-def _measured(config: Config, data: DataSet, device: torch.device) -> Step | None:
+def _measured(
+    config: Config, data: DataSet, device: torch.device, divides: bool = True
+) -> Step | None:
     """A step with its batch divided (`train.accumulate`) until the activations fit. None if those
-    of one image do not. All processes find the same.
+    of one image do not, or those of a batch that must not be divided. All processes find the same.
     """
     flow, train = build_flow(config, data.shape, data.num_bins).to(device), config.train
     image = max(1, activations_of_an_image(flow, config))
-    most = min(distributed.all_gather_object(left(device) // (ROOM * image)))
-    if not most:
-        return None
+    free = min(distributed.all_gather_object(left(device)))
     batch, parts = train.batch_size, train.accumulate
-    while batch > most:
+    if free < image * (ROOM if divides else batch):
+        return None
+    while divides and batch > free // (ROOM * image):
         batch, parts = batch // 2, 2 * parts
     keys = {"batch_size": batch, "accumulate": parts}
     config = config.model_copy(update={"train": train.model_copy(update=keys)})
@@ -182,10 +212,13 @@ def _default_data() -> Data:
     return configuration.parse({}).data
 
 
+def _named(name: str) -> Values:
+    return section_named(name, _default_data(), (3, SIDES[0], SIDES[0]), "DATA")
+
+
 def _section(name: str) -> Values:
     """The `data` section of a NAME on a command line. A folder's images decide size and colour."""
-    section = section_named(name, _default_data(), (3, SIDES[0], SIDES[0]), "DATA")
-    path = Path(name)
+    section, path = _named(name), Path(name)
     if section["name"] != "folder":
         return section
     if not path.is_dir():

@@ -22,10 +22,10 @@ def pace(monkeypatch):
     """Sets the seconds of a step, and the largest batch that fits."""
 
     def steps_take(seconds, largest=2**20, precision="bf16"):
-        def measured(config, data, device):
+        def measured(config, data, device, divides):
             train, slow = config.train, config.train.precision != precision
-            batch = min(train.batch_size, largest)
-            parts = -(-train.batch_size // batch) if batch else 0
+            batch = min(train.batch_size, largest) if divides else train.batch_size
+            parts = train.accumulate * -(-train.batch_size // batch) if batch else 0
             time = seconds * (1 + slow)
             return dial.Step(train.precision, batch, parts, time) if batch else None
 
@@ -48,7 +48,7 @@ def choose(data, budget=1800.0, purpose="likelihood", settings=()):
     ],
 )
 def test_half_an_hour_has_the_configuration_tuned_by_hand(tmp_path, pace, name, purpose, shape):
-    npz(tmp_path / "x.npz", 8200, shape=shape)
+    npz(tmp_path / "x.npz", 9200, shape=shape)
     pixels = dict(np.load(tmp_path / "x.npz"))
     if shape == (28, 28):  # MNIST is mostly black
         pixels["x_train"][:, 4:] = 0
@@ -78,19 +78,25 @@ def test_a_size_needs_its_steps(tmp_path, pace):
 
 
 def test_a_run_ends_before_its_images_are_learned_by_heart(tmp_path, pace):
-    npz(tmp_path / "x.npz", 2000, shape=(32, 32, 3))
-    pace(0.1)
-    assert choose(tmp_path / "x.npz", 3600).train.num_steps == 30 * 2000 // 32
-    assert choose(tmp_path / "x.npz", 180).train.budget == 180
+    pace(0.01)
+    for shape, count, kept in (((32, 32, 3), 2000, 1800), ((8, 8, 3), 12000, 11000)):
+        npz(tmp_path / "x.npz", count, shape=shape)
+        assert choose(tmp_path / "x.npz", 3600).train.num_steps == 30 * kept // 32
+        assert choose(tmp_path / "x.npz", 10).train.budget == 10
+    two = choose(tmp_path / "x.npz", 3600, settings=["train.accumulate=2"]).train
+    assert two.num_steps == 30 * 11000 // 64
 
 
-def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_path, pace):
+def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_path, pace, capsys):
     data = tmp_path / "x.npz"
     npz(data, 20, shape=(8, 8, 3))
     pace(0.001)
     train = choose(data).train
     assert (train.num_steps, train.budget, train.batch_size) == (1000, None, 18)
+    assert "1,000 steps, or 1,000 passes" in capsys.readouterr().out
     assert (train.schedule, train.weight_decay) == ("constant", 1.0)
+    assert train.sample_every > 1000
+    assert choose(data, purpose="latents").train.sample_every < 1000
     pace(10)
     assert choose(data).train.budget == 1800
 
@@ -101,6 +107,9 @@ def test_a_batch_is_divided_until_it_fits(tmp_path, pace):
     pace(0.25, largest=8)
     train = choose(data).train
     assert (train.batch_size, train.accumulate) == (8, 4)
+    for given, expected in (("batch_size=128", (128, 1)), ("accumulate=3", (32, 3))):
+        train = choose(data, settings=[f"train.{given}"]).train
+        assert (train.batch_size, train.accumulate) == expected
     pace(0.25, largest=0)
     with pytest.raises(UserError, match="a step of one image does not fit"):
         choose(data)
@@ -118,8 +127,19 @@ def test_the_measured_step_fits_into_the_memory(tmp_path, monkeypatch):
     step = dial._measured(config, data, CPU)
     assert (step.batch_size, step.accumulate) == (16, 4)
     assert step.seconds > 0
+    whole = dial._measured(config, data, CPU, divides=False)
+    assert (whole.batch_size, whole.accumulate) == (64, 1)
+    monkeypatch.setattr(dial, "left", lambda device: 63 * image)
+    assert dial._measured(config, data, CPU, divides=False) is None
     monkeypatch.setattr(dial, "left", lambda device: dial.ROOM * image - 1)
     assert dial._measured(config, data, CPU) is None
+
+
+@pytest.mark.run
+def test_images_too_small_for_a_larger_size_get_the_smaller_one(tmp_path, capsys):
+    npz(tmp_path / "x.npz", 7500, shape=(3, 50))
+    assert choose(tmp_path / "x.npz").model.options()["width"] == 48
+    assert "width 64 is not possible: model.downsample: 2 needs" in capsys.readouterr().out
 
 
 def test_the_faster_precision_is_chosen(tmp_path, pace):
@@ -176,23 +196,54 @@ def test_a_glow_has_the_levels_that_the_sides_allow(tmp_path, pace):
 
 @pytest.mark.run
 def test_the_same_command_goes_on_with_its_choice(tmp_path):
-    photos(tmp_path / "photos", [(10, 10)] * 30, "RGB")
+    photos(tmp_path / "photos.v1", [(10, 10)] * 30, "RGB")
     tiny = ["model.width=8", "model.blocks=1"]
-    command = ["train", "photos", "--budget", "1h", *tiny, "train.num_steps=3"]
+    command = ["train", "photos.v1", "--budget", "1h", *tiny, "train.num_steps=3"]
     assert "27 colour images of 8x8" in quick(*command, cwd=tmp_path).ok().out
-    run = tmp_path / "runs" / "photos-likelihood-1h"
+    run = tmp_path / "runs" / "photos.v1-likelihood"
     chosen = (run / "config.yaml").read_text()
     second = quick(*command, cwd=tmp_path).ok().out
     assert "as chosen before" in second
+    assert "length: 3 steps, to which --budget does not apply" in second
     assert "is finished" in second
     assert (run / "config.yaml").read_text() == chosen
     quick(*command[:-1], "train.num_steps=5", "--extend", cwd=tmp_path).ok()
     quick("evaluate", run, cwd=tmp_path).ok()
-    other = quick("train", "photos", "--for", "latents", "--run-dir", run, cwd=tmp_path)
-    other.failed(2, "--for latents", "has the model causal", "--run-dir")
 
 
-def test_a_longer_budget_extends_a_run(tmp_path):
-    (tmp_path / "config.yaml").write_text("{model: {name: causal}, train: {budget: 60}}")
-    found = dial.configured("digits", "2h", "likelihood", ["seed=3"], tmp_path, CPU)
+CHOSEN = "{data: {name: npz, path: x.npz}, model: {name: causal}, train: {budget: 60}}"
+
+
+def chosen_before(folder, config=CHOSEN, settings=(), name="x.npz"):
+    (folder / "config.yaml").write_text(config)
+    return dial.configured(name, "2h", "likelihood", settings, folder, CPU)
+
+
+def test_another_budget_is_for_the_configuration_chosen_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    npz("x.npz")
+    found = chosen_before(tmp_path, settings=["seed=3"], name="./x.npz")
     assert (found.train.budget, found.seed) == (7200, 3)
+    assert chosen_before(tmp_path, settings=["train.budget=9"]).train.budget == 9
+    ended = CHOSEN.replace("budget: 60", "num_steps: 60")
+    assert chosen_before(tmp_path, ended).train.num_steps == 60
+    assert chosen_before(tmp_path, ended, settings=["train.num_steps=99"]).train.num_steps == 99
+    glow = CHOSEN.replace("causal", "glow")
+    assert chosen_before(tmp_path, glow, settings=["model.name=glow"]).model.name == "glow"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CHOSEN.replace("x.npz", "y.npz"), "is of other data; give another --run-dir"),
+        ("", "is of other data"),
+        (CHOSEN.replace("causal", "glow"), "--for likelihood: .* has the model glow; give another"),
+        ("model: causal", "config.yaml: model: expected keys and values"),
+        ("train: null", "config.yaml: train: expected keys and values"),
+    ],
+)
+def test_a_run_directory_of_another_command(tmp_path, monkeypatch, config, message):
+    monkeypatch.chdir(tmp_path)
+    npz("x.npz")
+    with pytest.raises(UserError, match=message):
+        chosen_before(tmp_path, config)
