@@ -1,10 +1,8 @@
 """A foreign flow as a `Flow`: its layers are watched and checked like flowtrain's own."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from flowtrain.flow.dequantize import EDGE, Dequantizer, RealValued
 from flowtrain.flow.flow import Flow
 from flowtrain.foreign.adapters import Adapted, Step, adapt
 from flowtrain.foreign.contract import Foreign
+from flowtrain.foreign.state import copied, map_tensors, modules_in
 from flowtrain.system.random import seeded
 from flowtrain.types import Shape
 
@@ -102,10 +101,8 @@ class ForeignBijection(Container):
         self.shape, self.input_shape = shape, input_shape
         # `Flow` reads device and type from the first parameter, and a flow need not have one.
         self.marker = nn.Parameter(torch.zeros(0), requires_grad=False)
-        if isinstance(flow, nn.Module):
-            self.own = flow
-        else:
-            _map_tensors(flow, Tensor.detach)  # others cannot be copied
+        map_tensors(flow, Tensor.detach)  # others cannot be copied
+        self.own = flow if isinstance(flow, nn.Module) else nn.ModuleList(modules_in(flow))
         self.float().eval()
         for index, step in enumerate(self.source.adapted.layers):
             self.add_module(step.name, ForeignLayer(self.source, index))
@@ -115,10 +112,15 @@ class ForeignBijection(Container):
         return [layer for layer in self.children() if isinstance(layer, ForeignLayer)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ForeignBijection":
-        if not isinstance(self.source.flow, nn.Module):
-            _map_tensors(self.source.flow, fn)
+        map_tensors(self.source.flow, fn)
         super()._apply(fn, recurse)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ForeignBijection":
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        vars(new).update(copied(vars(self), memo))
+        return new
 
     def run(
         self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
@@ -190,28 +192,6 @@ def _diverted(
                 module.__dict__[name] = before
         if source is not None:
             source.running = None
-
-
-def _map_tensors(thing: Any, fn: Callable[[Tensor], Tensor], seen: set[int] | None = None) -> Any:
-    """Replaces the tensors in an object that is no module, such as a distribution."""
-    seen = set() if seen is None else seen
-    if isinstance(thing, Tensor):
-        return fn(thing)
-    if id(thing) in seen:
-        return thing
-    seen.add(id(thing))
-    if isinstance(thing, nn.Module):
-        return thing._apply(fn)
-    if isinstance(thing, list):
-        thing[:] = [_map_tensors(each, fn, seen) for each in thing]
-    elif isinstance(thing, tuple) and type(thing) is tuple:
-        return tuple(_map_tensors(each, fn, seen) for each in thing)
-    elif isinstance(thing, dict):
-        thing.update({key: _map_tensors(each, fn, seen) for key, each in thing.items()})
-    elif not isinstance(thing, type | ModuleType) and hasattr(thing, "__dict__"):
-        for key, each in list(vars(thing).items()):
-            vars(thing)[key] = _map_tensors(each, fn, seen)
-    return thing
 
 
 class LinearDequantizer(Dequantizer):
@@ -318,7 +298,7 @@ def _tried(model: ForeignModel) -> list[tuple[int, ...]]:
     v = model.dequantizer.middle(x, torch.float32)
     where = "a copy"
     try:
-        adapted = adapt(copy.deepcopy(contract.flow))
+        adapted = adapt(copied(contract.flow))
         where = "forward"
         z, log_det = adapted.forward(v.reshape(TRIED, *contract.input_shape))
         shapes = [tuple(part.shape[1:]) for part in z]

@@ -100,11 +100,12 @@ def _change(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> f
 
 
 def check_device(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
-    """Checks that a layer makes no tensors on the CPU for an input on another device.
+    """Checks that a layer makes and keeps no tensors on the CPU for an input on another device.
 
     That device is torch's `meta`, whose tensors have no values. A layer that reads values passes.
     """
-    elsewhere = layers_of(copy.deepcopy(flow).to("meta"))
+    # Training mode empties caches of evaluation, which would stay on the CPU.
+    elsewhere = layers_of(copy.deepcopy(flow).train().eval().to("meta"))
 
     def around(
         name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
@@ -113,7 +114,7 @@ def check_device(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> 
             call(elsewhere[name], direction, given.to("meta"))
         except Exception as error:
             if re.search("same device|expected device", str(error)):
-                notes.add("device", 1, name, IMAGES, reason="it makes tensors on the CPU")
+                notes.add("device", 1, name, IMAGES, reason="it makes or keeps tensors on the CPU")
         return call(layer, direction, given, context)
 
     notes.add("device", 0, "", IMAGES)
@@ -197,7 +198,8 @@ def check_figure(
     else:
         found, sure = float(own), _error_of_images(each)
     words = f"the project gives {found:.4f}, its density {true:.4f}{words}"
-    distance = max(0.0, abs(found - true) - sure)
+    distance = abs(found - true) - sure
+    distance = 0.0 if distance <= 0 else distance  # also NaN, unlike `max`
     if train is not None:
         seen = figures(flow, train, seed)
         words += f", and {seen.mean():.4f} for training images"

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import textwrap
+import types
 
 import foreign_flows as flows
 import pytest
@@ -21,6 +22,7 @@ from flowtrain.tools.doctor.findings import EXTREME, IMAGES
 
 pytestmark = pytest.mark.run
 
+POINTS = {**flows.POINTS, **flows.HIDDEN_STATE, **flows.ESTIMATES}
 DIMS = math.prod(SHAPE)
 PAGE = (REPOSITORY / "docs" / "howto" / "foreign.md").read_text()
 BLOCKS = re.findall(r"^    # (\w+)\.py\n((?:(?:    .*)?\n)+?)(?=\S)", PAGE, re.MULTILINE)
@@ -42,15 +44,14 @@ def bad(found):
     return {key: f for key, f in found.items() if f.verdict == "bad" and f.check != "likelihood"}
 
 
-@pytest.mark.parametrize("name", [*flows.IMAGES, *flows.POINTS, *flows.ESTIMATES])
+@pytest.mark.parametrize("name", [*flows.IMAGES, *POINTS])
 def test_a_sound_flow(name):
     """Nothing is bad, and every layer of the library is checked."""
     images = name in flows.IMAGES
     if images:
         contract = flows.IMAGES[name]()
     else:
-        build = {**flows.POINTS, **flows.ESTIMATES}[name]
-        contract = Foreign(build(), (4 if name == "residual" else 2,))
+        contract = Foreign(POINTS[name](), (4 if name == "residual" else 2,))
     found = checked(contract)
     assert bad(found) == {}
     checks = {check for check, _, _ in found}
@@ -367,6 +368,20 @@ def test_what_is_no_fault():
     assert found["forward pass", "", IMAGES].value == 0
     found = checked(of_points(Elsewhere)())
     assert found["device", "flow", IMAGES].verdict == "watch"
+    found = checked(of_points(flows.Kept)())
+    assert found["device", "flow", IMAGES].verdict == "watch" and bad(found) == {}
+
+
+def test_a_check_leaves_the_flow_alone():
+    """Also tensors with a history of gradients, and a module in a closure."""
+    normal, module = flows.trained_normal(), flows.Coupling(flows.batch_norm)
+    closure = types.SimpleNamespace(
+        forward=lambda x: module(x), inverse=lambda z: module.inverse(z)
+    )
+    for flow in (normal, closure):
+        checked(Foreign(flow, (2,)))
+    assert normal.base_dist.scale.grad_fn is not None and module.training
+    assert module.net[0].weight.dtype == torch.float32 and module.net[0].weight.requires_grad
 
 
 def test_the_figure_that_a_project_prints():
@@ -387,6 +402,16 @@ def test_the_figure_that_a_project_prints():
     assert "training" not in finding(of_dark).reason
     assert "seen" not in finding(own, train=flows.pictures(8)).reason
     assert finding(own - 8).reason.endswith("log 256 is missing")
+
+
+def test_a_figure_without_a_distance():
+    """NaN is bad, and one image has no standard error."""
+    for figure in (math.nan, lambda x: math.nan):
+        contract = Foreign(Likely(0), SHAPE, BINS, bits_per_dim=figure)
+        assert ("the project's bits/dim", "", IMAGES) in bad(checked(contract, 2))
+    for count, train in ((1, None), (2, flows.pictures(1))):
+        with pytest.raises(UserError, match="a printed figure needs two t.* images or more"):
+            checked(Foreign(Likely(0), SHAPE, BINS, bits_per_dim=8.0), count, train=train)
 
 
 def test_a_figure_that_raises():
