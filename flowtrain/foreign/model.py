@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import FUSED, Container, Fused
-from flowtrain.errors import UserError, short
+from flowtrain.errors import RunError, UserError, short
 from flowtrain.flow.dequantize import EDGE, Dequantizer, RealValued
 from flowtrain.flow.flow import Flow
 from flowtrain.foreign.adapters import Adapted, Step, adapt
@@ -36,12 +36,18 @@ class Source:
 
     @contextmanager
     def called(self, dtype: torch.dtype) -> Iterator[None]:
-        """Tensors that the foreign code makes get the type of its input: `torch.zeros(n)`, say."""
+        """Tensors that the foreign code makes get the type of its input: `torch.zeros(n)`, say.
+        Raises `RunError` for any error of this code.
+        """
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with seeded(self.seed):
                 yield
+        except (UserError, RunError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # foreign code may raise anything
+            raise RunError(_words(self.flow, error)) from error
         finally:
             torch.set_default_dtype(before)
 
@@ -51,6 +57,21 @@ class Source:
 
     def step(self, index: int) -> Step:
         return self.adapted.layers[index]
+
+
+def _words(flow: Any, error: Exception, where: str = "") -> str:
+    return f"{type(flow).__module__}.{type(flow).__qualname__}: {where}{type(error).__name__}: {short(error)}"
+
+
+@contextmanager
+def _trial(flow: Any, where: str) -> Iterator[None]:
+    """Raises `UserError` for any error of the foreign code."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_words(flow, error, f"{where}: ")) from error
 
 
 def _per_example(log_det: Any, like: Tensor) -> Tensor:
@@ -104,7 +125,9 @@ class ForeignBijection(Container):
         map_tensors(flow, Tensor.detach)  # others cannot be copied
         self.own = flow if isinstance(flow, nn.Module) else nn.ModuleList(modules_in(flow))
         self.float().eval()
-        for index, step in enumerate(self.source.adapted.layers):
+        with _trial(flow, "its parts"):
+            layers = self.source.adapted.layers
+        for index, step in enumerate(layers):
             self.add_module(step.name, ForeignLayer(self.source, index))
         self.latent_shapes: list[tuple[int, ...]] = []
 
@@ -291,28 +314,32 @@ def _tried(model: ForeignModel) -> list[tuple[int, ...]]:
     """The shapes of the latents, from a trial of both directions on a copy of the flow: layers that
     set themselves on their first batch must not see this one.
     """
-    contract = model.contract
-    name = f"{type(contract.flow).__module__}.{type(contract.flow).__qualname__}"
-    levels = contract.num_bins or 2
-    x = torch.arange(TRIED * model.dims).reshape(TRIED, *model.shape) % levels
-    v = model.dequantizer.middle(x, torch.float32)
-    where = "a copy"
-    try:
-        adapted = adapt(copied(contract.flow))
-        where = "forward"
-        z, log_det = adapted.forward(v.reshape(TRIED, *contract.input_shape))
-        shapes = [tuple(part.shape[1:]) for part in z]
-        _per_example(log_det, v)
-        if any(len(part) != TRIED for part in z) or sum(map(math.prod, shapes)) != model.dims:
-            raise ValueError(f"latents of shapes {shapes} for examples of {contract.shape}")
-        where = "inverse"
-        back, log_det = adapted.inverse(z)
-        _per_example(log_det, v)
-        if back.numel() != v.numel():
-            raise ValueError(f"shape {tuple(back.shape)}, expected {tuple(v.shape)}")
-        where = "log_prob of the base"
-        if (found := adapted.base(z).shape) != (TRIED,):
-            raise ValueError(f"shape {tuple(found)}, expected ({TRIED},)")
-    except Exception as error:  # foreign code may raise anything
-        raise UserError(f"{name}: {where}: {type(error).__name__}: {short(error)}") from error
+    flow, shape = model.contract.flow, model.contract.input_shape
+    if model.num_bins is None:  # densities of positive values, or of values below 1, have these
+        x = 0.25 + torch.arange(TRIED * model.dims) % 2 / 2
+    else:
+        x = torch.arange(TRIED * model.dims) % model.num_bins
+    v = model.dequantizer.middle(x.reshape(TRIED, *model.shape), torch.float32)
+    with _trial(flow, "a copy"):
+        adapted = adapt(copied(flow))
+    with seeded(0):
+        with _trial(flow, "forward"):
+            z, log_det = adapted.forward(v.reshape(TRIED, *shape))
+            shapes = [tuple(part.shape[1:]) for part in z]
+            _per_example(log_det, v)
+            if any(len(part) != TRIED for part in z) or sum(map(math.prod, shapes)) != model.dims:
+                raise ValueError(f"latents of shapes {shapes} for examples of {shape}")
+        with _trial(flow, "inverse"):
+            back, log_det = adapted.inverse(z)
+            _per_example(log_det, v)
+            if back.numel() != v.numel():
+                raise ValueError(f"shape {tuple(back.shape)}, expected {tuple(v.shape)}")
+        with _trial(flow, "log_prob of the base"):
+            if (found := adapted.base(z).shape) != (TRIED,):
+                raise ValueError(f"shape {tuple(found)}, expected ({TRIED},)")
+        with _trial(flow, "sample"):
+            drawn = z if adapted.draw is None else adapted.draw(TRIED)
+            for part, like in zip(drawn, z, strict=True):
+                if part.shape != like.shape:
+                    raise ValueError(f"shape {tuple(part.shape)}, expected {tuple(like.shape)}")
     return shapes
