@@ -333,6 +333,17 @@ class Kept(Coupling):
         return super().shift_and_scale(self.more.factor.matmul(self.factor) * a)
 
 
+class Halves(Coupling):
+    """Latents in a list."""
+
+    def forward(self, x):
+        z, log_det = super().forward(x)
+        return [z[:, :1], z[:, 1:, None]], log_det
+
+    def inverse(self, z):
+        return super().inverse(torch.cat([z[0], z[1][:, :, 0]], dim=1))
+
+
 def of_closures():
     module = Coupling()
     return types.SimpleNamespace(
@@ -381,8 +392,10 @@ IMAGES = {
     ),
     "noise of a flow": lambda: Foreign(Dequantized(False), SHAPE, BINS, adds_noise=True),
 }
-# Flows with tensors that are neither parameters nor buffers, or with modules in other objects.
-HIDDEN_STATE = {
+# Flows with tensors that are neither parameters nor buffers, with modules in other objects, or with
+# latents in a list.
+OWN = {
+    "latents in a list": Halves,
     "old weight_norm": lambda: Coupling(old_weight_norm),
     "trained normal": trained_normal,
     "nflows, cached": nflows_cached,

@@ -33,6 +33,7 @@ class Source:
         self.flow = flow
         self.running: Adapted | None = None  # while layers are diverted, their own functions
         self.seed: int | None = None
+        self.latent_shapes: list[tuple[int, ...]] = []  # found by a trial
 
     @contextmanager
     def called(self, dtype: torch.dtype) -> Iterator[None]:
@@ -58,9 +59,18 @@ class Source:
     def step(self, index: int) -> Step:
         return self.adapted.layers[index]
 
+    def parts(self, z: Tensor) -> list[Tensor]:
+        """Latents `(B, D)` as the tensors of the flow."""
+        sizes = [math.prod(shape) for shape in self.latent_shapes]
+        return [
+            part.reshape(len(z), *shape)
+            for part, shape in zip(z.split(sizes, dim=1), self.latent_shapes, strict=True)
+        ]
+
 
 def _words(flow: Any, error: Exception, where: str = "") -> str:
-    return f"{type(flow).__module__}.{type(flow).__qualname__}: {where}{type(error).__name__}: {short(error)}"
+    name = f"{type(flow).__module__}.{type(flow).__qualname__}"
+    return f"{name}: {where}{type(error).__name__}: {short(error)}"
 
 
 @contextmanager
@@ -84,7 +94,9 @@ def _per_example(log_det: Any, like: Tensor) -> Tensor:
 
 
 class ForeignLayer(Bijection):
-    """One layer of a foreign flow."""
+    """One layer of a foreign flow. If it has latents in a list, which only a whole flow has, they
+    are one tensor `(B, D)` here.
+    """
 
     random_latents = False  # whether the layer adds noise
     random_log_dets = False  # whether its log-det is an estimate, but its latents are not random
@@ -96,11 +108,15 @@ class ForeignLayer(Bijection):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         with self.source.called(x.dtype):
             z, log_det = self.source.step(self.index).forward(x)
+        if not isinstance(z, Tensor):
+            z = torch.cat([part.flatten(1) for part in z], dim=1)
         return z, _per_example(log_det, x)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        step = self.source.step(self.index)
+        in_list = step.diverted is None and len(self.source.latent_shapes) > 1
         with self.source.called(z.dtype):
-            x, log_det = self.source.step(self.index).inverse(z)
+            x, log_det = step.inverse(self.source.parts(z) if in_list else z)
         return x, _per_example(log_det, z)
 
 
@@ -129,7 +145,6 @@ class ForeignBijection(Container):
             layers = self.source.adapted.layers
         for index, step in enumerate(layers):
             self.add_module(step.name, ForeignLayer(self.source, index))
-        self.latent_shapes: list[tuple[int, ...]] = []
 
     def inner_layers(self) -> Iterable[Bijection]:
         return [layer for layer in self.children() if isinstance(layer, ForeignLayer)]
@@ -155,9 +170,9 @@ class ForeignBijection(Container):
         with source.called(x.dtype):
             if divert and adapted.layers[0].diverted is None:
                 given = self._given(direction, x)
-                result, log_det = executor.chain(
-                    layers, direction, given if direction == "forward" else given[0], context
-                )
+                if direction == "inverse":
+                    given = given[0] if len(given) == 1 else x
+                result, log_det = executor.chain(layers, direction, given, context)
                 z = [result]
             else:
                 source.running = adapted if divert else None
@@ -171,18 +186,12 @@ class ForeignBijection(Container):
 
     def _given(self, direction: Direction, x: Tensor) -> Any:
         """The input of a direction as the foreign flow takes it."""
-        return x.reshape(len(x), *self.input_shape) if direction == "forward" else self.parts(x)
-
-    def parts(self, z: Tensor) -> list[Tensor]:
-        """Latents `(B, D)` as the tensors of the foreign flow."""
-        sizes = [math.prod(shape) for shape in self.latent_shapes]
-        return [
-            part.reshape(len(z), *shape)
-            for part, shape in zip(z.split(sizes, dim=1), self.latent_shapes, strict=True)
-        ]
+        return (
+            x.reshape(len(x), *self.input_shape) if direction == "forward" else self.source.parts(x)
+        )
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
-        return self.parts(z)
+        return self.source.parts(z)
 
 
 @contextmanager
@@ -279,13 +288,13 @@ class ForeignModel(Flow):
         bijection = ForeignBijection(contract.flow, contract.image_shape, contract.input_shape)
         super().__init__(bijection, _dequantizer(contract), contract.image_shape)
         self.contract = contract
-        bijection.latent_shapes = _tried(self)
         self.source = bijection.source
+        self.source.latent_shapes = _tried(self)
         self.is_random = False  # whether the log-density depends on the seed
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         with self.source.called(z.dtype):
-            return self.source.adapted.base(self.bijection.parts(z))
+            return self.source.adapted.base(self.source.parts(z))
 
     def own_log_prob(self, v: Tensor) -> Tensor:
         """The library's own log-density of inputs `v` of the bijection, `(B,)`."""

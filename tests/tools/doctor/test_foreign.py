@@ -22,7 +22,7 @@ from flowtrain.tools.doctor.findings import EXTREME, IMAGES
 
 pytestmark = pytest.mark.run
 
-POINTS = {**flows.POINTS, **flows.HIDDEN_STATE, **flows.ESTIMATES}
+POINTS = {**flows.POINTS, **flows.OWN, **flows.ESTIMATES}
 DIMS = math.prod(SHAPE)
 PAGE = (REPOSITORY / "docs" / "howto" / "foreign.md").read_text()
 BLOCKS = re.findall(r"^    # (\w+)\.py\n((?:(?:    .*)?\n)+?)(?=\S)", PAGE, re.MULTILINE)
@@ -314,6 +314,26 @@ class Elsewhere(flows.Scaled):
         return (z + torch.zeros(2)).float(), log_det
 
 
+class Centred(flows.Scaled, nn.Module):
+    """The first batch sets the buffer `mean`, if it is NaN, and each call changes `calls`."""
+
+    def __init__(self, mean=math.nan, scale=0.0):
+        nn.Module.__init__(self)
+        self.log_scale = nn.Parameter(torch.full((2,), scale))
+        self.register_buffer("mean", torch.full((2,), mean))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        if self.mean.isnan().any():
+            self.mean.copy_(x.mean(0))
+        return super().forward(x - self.mean)
+
+    def inverse(self, z):
+        x, log_det = super().inverse(z)
+        return x + self.mean, log_det
+
+
 def of_images(flow, **options):
     return lambda: Foreign(flow, SHAPE, BINS, **options)
 
@@ -343,6 +363,12 @@ def of_few(nats, scale=1.0):
             *("log-det of the inverse", "it has the sign of the"),
         ),
         (of_points(lambda: flows.Estimated(bias=1.0)), "log-det", ""),
+        (of_points(Centred), "parameters that change", "the first batch sets mean"),
+        (
+            of_points(lambda: flows.Around(Centred())),
+            *("parameters that change", "the first batch sets mean"),
+        ),
+        (of_points(lambda: flows.Around(Centred(0.0, math.nan))), "parameters", ""),
         (of_points(Elsewhere), "digits of the result", "in float64, they are torch.float32"),
         (of_images(Likely(200)), "noise below its entropy", "their entropy is 8 bits/dim"),
         (of_images(Likely(450)), "integral", "16 images together have exp("),
@@ -368,6 +394,9 @@ def test_what_is_no_fault():
     assert found["forward pass", "", IMAGES].value == 0
     found = checked(of_points(Elsewhere)())
     assert found["device", "flow", IMAGES].verdict == "watch"
+    for scale in (0.0, math.nan):
+        found = checked(Foreign(Centred(0.0, scale), (2,)))
+        assert found["parameters that change", "", ""].value == 0
     found = checked(of_points(flows.Kept)())
     assert found["device", "flow", IMAGES].verdict == "watch" and bad(found) == {}
 
