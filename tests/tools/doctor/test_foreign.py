@@ -198,6 +198,38 @@ FAULTS = {
 }
 
 
+def of_input(change, bins=BINS, **options):
+    """The bits/dim of inputs `change(x, u)`, without terms for their map."""
+
+    def build(flow):
+        def bits_per_dim(x):
+            z, log_det = flow(change(x, torch.rand(x.shape)))
+            log_prob = torch.distributions.Normal(0, 1).log_prob(z).flatten(1).sum(1) + log_det
+            return math.log2(bins) - log_prob / (DIMS * math.log(2))
+
+        return Foreign(flow, SHAPE, bins, bits_per_dim=bits_per_dim, **options)
+
+    return build
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.05])
+def test_a_logit_that_is_missing_in_a_figure(alpha):
+    """Also with many black and white entries, where its log-determinant depends on the noise."""
+    own = of_input(
+        lambda x, u: torch.logit(alpha + (1 - 2 * alpha) * (x + u) / 17), 17, alpha=alpha
+    )
+    x = (flows.pictures(256).float() / 8 - 12).clamp(0, 16).to(torch.uint8)
+    reason = next(f.reason for f in flowtrain.check(own(Likely(0)), x) if "project" in f.check)
+    assert reason.endswith("the log-determinant of the logit is missing")
+
+
+def test_an_offset_that_is_missing_in_a_figure():
+    """The flow raises for other mistakes."""
+    own = of_input(lambda x, u: (x + u) * SCALE, offset=-0.5)
+    found = checked(own(Bounded(0)))
+    assert found["the project's bits/dim", "", IMAGES].reason.endswith(": the offset is missing")
+
+
 OF_FIGURES = [fault for fault, (_, check, _) in FAULTS.items() if check == "the project's bits/dim"]
 
 
@@ -298,6 +330,22 @@ class Likely(nn.Module):
         return z, -self.nats
 
 
+class Bounded(Likely):
+    def forward(self, x):
+        if x.min() < -0.5 or x.max() >= 1:
+            raise ValueError("outside of the domain")
+        return super().forward(x)
+
+
+class Few(Likely):
+    """It raises for many images."""
+
+    def forward(self, x):
+        if len(x) > 2:
+            raise ValueError("too many")
+        return super().forward(x)
+
+
 class Contrast(Likely):
     """NaN for constant images."""
 
@@ -374,6 +422,11 @@ def of_few(nats, scale=1.0):
         (of_images(Likely(450)), "integral", "16 images together have exp("),
         (of_few(0.5), "integral", "all 256 images together have 1.3"),
         (of_images(Contrast(0)), "forward pass", ""),
+        (
+            of_images(Few(0), bits_per_dim=8.0),
+            "the project's bits/dim",
+            "Few: ValueError: too many",
+        ),
         (of_images(flows.Dequantized(False)), "random latents", "without adds_noise in its"),
         (of_images(Likely(0), adds_noise=True), "random latents", "the flow draws no random"),
         (of_images(flows.Dequantized(False, 1), adds_noise=True), "log-det", "D log Q is missing"),
@@ -444,7 +497,7 @@ def test_a_figure_without_a_distance():
 
 
 def test_a_figure_that_raises():
-    contract = Foreign(flows.Mixture(), (1, 8, 8), BINS, flat=True, bits_per_dim=lambda x: x.gone)
+    contract = Foreign(Likely(0), SHAPE, BINS, bits_per_dim=lambda x: x.gone)
     with pytest.raises(UserError, match="bits_per_dim: AttributeError"):
         checked(contract)
 
