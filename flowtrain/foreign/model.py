@@ -138,7 +138,6 @@ class ForeignBijection(Container):
         self.shape, self.input_shape = shape, input_shape
         # `Flow` reads device and type from the first parameter, and a flow need not have one.
         self.marker = nn.Parameter(torch.zeros(0), requires_grad=False)
-        map_tensors(flow, Tensor.detach)  # others cannot be copied
         self.own = flow if isinstance(flow, nn.Module) else nn.ModuleList(modules_in(flow))
         self.float().eval()
         with _trial(flow, "its parts"):

@@ -118,8 +118,7 @@ def check_device(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> 
 
     That device is torch's `meta`, whose tensors have no values. A layer that reads values passes.
     """
-    # Training mode empties caches of evaluation, which would stay on the CPU.
-    elsewhere = layers_of(copy.deepcopy(flow).train().eval().to("meta"))
+    elsewhere = layers_of(copy.deepcopy(flow).to("meta"))
 
     def around(
         name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
