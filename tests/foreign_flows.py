@@ -4,6 +4,8 @@ The image flows are of 1x8x8 images with 256 levels, and have a 1x1 convolution 
 """
 
 import math
+import types
+import warnings
 
 import pytest
 import torch
@@ -272,6 +274,97 @@ def normflows_residual():
     return trained(flow, flow.log_prob, torch.randn(50, 4, generator=seeded()))
 
 
+class Coupling(nn.Module):
+    """Of points. Its network has tensors of the kind that `change` makes."""
+
+    def __init__(self, change=lambda net: net):
+        super().__init__()
+        self.net = change(network(1, 2))
+
+    def shift_and_scale(self, a):
+        shift, log_scale = self.net(a).chunk(2, dim=1)
+        return shift, log_scale.tanh()
+
+    def forward(self, x):
+        a, b = x.chunk(2, dim=1)
+        shift, log_scale = self.shift_and_scale(a)
+        return torch.cat([a, (b + shift) * log_scale.exp()], dim=1), log_scale.sum(1)
+
+    def inverse(self, z):
+        a, b = z.chunk(2, dim=1)
+        shift, log_scale = self.shift_and_scale(a)
+        return torch.cat([a, b * (-log_scale).exp() - shift], dim=1), -log_scale.sum(1)
+
+
+def old_weight_norm(net):
+    """Its weights are computed, with a history of gradients, and are no parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(net[0])
+    return net
+
+
+def batch_norm(net):
+    return nn.Sequential(net[0], nn.BatchNorm1d(8), *net[1:])
+
+
+class Around:
+    """An object that is no module around one, which is in training mode."""
+
+    def __init__(self, module):
+        self.parts = {"flow": module}
+
+    def forward(self, x):
+        return self.parts["flow"](x)
+
+    def inverse(self, z):
+        return self.parts["flow"].inverse(z)
+
+
+class Kept(Coupling):
+    """It keeps a tensor, and one in another object, which are no buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.tensor([[0.5]])
+        self.more = types.SimpleNamespace(factor=torch.tensor([[2.0]]))
+
+    def shift_and_scale(self, a):
+        return super().shift_and_scale(self.more.factor.matmul(self.factor) * a)
+
+
+class Halves(Coupling):
+    """Latents in a list."""
+
+    def forward(self, x):
+        z, log_det = super().forward(x)
+        return [z[:, :1], z[:, 1:, None]], log_det
+
+    def inverse(self, z):
+        return super().inverse(torch.cat([z[0], z[1][:, :, 0]], dim=1))
+
+
+def of_closures():
+    module = Coupling()
+    return types.SimpleNamespace(
+        forward=lambda x: module(x), inverse=lambda z, own=module: own.inverse(z)
+    )
+
+
+def trained_normal():
+    log_scale = torch.zeros(2, requires_grad=True)
+    base = distributions.Normal(torch.zeros(2, requires_grad=True), log_scale.exp())
+    return distributions.TransformedDistribution(base, distributions.AffineTransform(0.5, 2.0))
+
+
+def nflows_cached():
+    library("nflows")
+    from nflows import distributions, flows, transforms
+
+    steps = [transforms.LULinear(2, using_cache=True), transforms.RandomPermutation(2)]
+    return flows.Flow(transforms.CompositeTransform(steps), distributions.StandardNormal([2]))
+
+
 HIDDEN = {"hidden_features": [8]}
 POINTS = {
     "normflows": normflows_points,
@@ -298,6 +391,17 @@ IMAGES = {
         Dequantized(True), SHAPE, BINS, scale=1.0, adds_noise=True
     ),
     "noise of a flow": lambda: Foreign(Dequantized(False), SHAPE, BINS, adds_noise=True),
+}
+# Flows with tensors that are neither parameters nor buffers, with modules in other objects, or with
+# latents in a list.
+OWN = {
+    "latents in a list": Halves,
+    "old weight_norm": lambda: Coupling(old_weight_norm),
+    "trained normal": trained_normal,
+    "nflows, cached": nflows_cached,
+    "zuko, distribution": lambda: zuko_of("MAF", transforms=2, **HIDDEN)(),
+    "closures": of_closures,
+    "object around a module": lambda: Around(Coupling(batch_norm)),
 }
 ESTIMATES = {"residual": normflows_residual, "estimated": Estimated}
 

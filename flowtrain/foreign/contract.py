@@ -81,6 +81,11 @@ class Foreign:
         return (math.prod(self.shape),) if self.flat else self.shape
 
     @property
+    def prints_bits(self) -> bool:
+        """Whether the project's own figure is a number."""
+        return self.bits_per_dim is not None and not callable(self.bits_per_dim)
+
+    @property
     def words(self) -> str:
         """How integers become the flow's input, for messages."""
         if self.num_bins is None:

@@ -1,10 +1,8 @@
 """A foreign flow as a `Flow`: its layers are watched and checked like flowtrain's own."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,11 +11,12 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import FUSED, Container, Fused
-from flowtrain.errors import UserError, short
+from flowtrain.errors import RunError, UserError, short
 from flowtrain.flow.dequantize import EDGE, Dequantizer, RealValued
 from flowtrain.flow.flow import Flow
 from flowtrain.foreign.adapters import Adapted, Step, adapt
 from flowtrain.foreign.contract import Foreign
+from flowtrain.foreign.state import copied, map_tensors, modules_in
 from flowtrain.system.random import seeded
 from flowtrain.types import Shape
 
@@ -34,15 +33,22 @@ class Source:
         self.flow = flow
         self.running: Adapted | None = None  # while layers are diverted, their own functions
         self.seed: int | None = None
+        self.latent_shapes: list[tuple[int, ...]] = []  # found by a trial
 
     @contextmanager
     def called(self, dtype: torch.dtype) -> Iterator[None]:
-        """Tensors that the foreign code makes get the type of its input: `torch.zeros(n)`, say."""
+        """Tensors that the foreign code makes get the type of its input: `torch.zeros(n)`, say.
+        Raises `RunError` for any error of this code.
+        """
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with seeded(self.seed):
                 yield
+        except (UserError, RunError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # foreign code may raise anything
+            raise RunError(_words(self.flow, error)) from error
         finally:
             torch.set_default_dtype(before)
 
@@ -52,6 +58,30 @@ class Source:
 
     def step(self, index: int) -> Step:
         return self.adapted.layers[index]
+
+    def parts(self, z: Tensor) -> list[Tensor]:
+        """Latents `(B, D)` as the tensors of the flow."""
+        sizes = [math.prod(shape) for shape in self.latent_shapes]
+        return [
+            part.reshape(len(z), *shape)
+            for part, shape in zip(z.split(sizes, dim=1), self.latent_shapes, strict=True)
+        ]
+
+
+def _words(flow: Any, error: Exception, where: str = "") -> str:
+    name = f"{type(flow).__module__}.{type(flow).__qualname__}"
+    return f"{name}: {where}{type(error).__name__}: {short(error)}"
+
+
+@contextmanager
+def _trial(flow: Any, where: str) -> Iterator[None]:
+    """Raises `UserError` for any error of the foreign code."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_words(flow, error, f"{where}: ")) from error
 
 
 def _per_example(log_det: Any, like: Tensor) -> Tensor:
@@ -64,7 +94,9 @@ def _per_example(log_det: Any, like: Tensor) -> Tensor:
 
 
 class ForeignLayer(Bijection):
-    """One layer of a foreign flow."""
+    """One layer of a foreign flow. If it has latents in a list, which only a whole flow has, they
+    are one tensor `(B, D)` here.
+    """
 
     random_latents = False  # whether the layer adds noise
     random_log_dets = False  # whether its log-det is an estimate, but its latents are not random
@@ -76,11 +108,15 @@ class ForeignLayer(Bijection):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         with self.source.called(x.dtype):
             z, log_det = self.source.step(self.index).forward(x)
+        if not isinstance(z, Tensor):
+            z = torch.cat([part.flatten(1) for part in z], dim=1)
         return z, _per_example(log_det, x)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
+        step = self.source.step(self.index)
+        in_list = step.diverted is None and len(self.source.latent_shapes) > 1
         with self.source.called(z.dtype):
-            x, log_det = self.source.step(self.index).inverse(z)
+            x, log_det = step.inverse(self.source.parts(z) if in_list else z)
         return x, _per_example(log_det, z)
 
 
@@ -102,23 +138,26 @@ class ForeignBijection(Container):
         self.shape, self.input_shape = shape, input_shape
         # `Flow` reads device and type from the first parameter, and a flow need not have one.
         self.marker = nn.Parameter(torch.zeros(0), requires_grad=False)
-        if isinstance(flow, nn.Module):
-            self.own = flow
-        else:
-            _map_tensors(flow, Tensor.detach)  # others cannot be copied
+        self.own = flow if isinstance(flow, nn.Module) else nn.ModuleList(modules_in(flow))
         self.float().eval()
-        for index, step in enumerate(self.source.adapted.layers):
+        with _trial(flow, "its parts"):
+            layers = self.source.adapted.layers
+        for index, step in enumerate(layers):
             self.add_module(step.name, ForeignLayer(self.source, index))
-        self.latent_shapes: list[tuple[int, ...]] = []
 
     def inner_layers(self) -> Iterable[Bijection]:
         return [layer for layer in self.children() if isinstance(layer, ForeignLayer)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ForeignBijection":
-        if not isinstance(self.source.flow, nn.Module):
-            _map_tensors(self.source.flow, fn)
+        map_tensors(self.source.flow, fn)
         super()._apply(fn, recurse)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ForeignBijection":
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        vars(new).update(copied(vars(self), memo))
+        return new
 
     def run(
         self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
@@ -130,9 +169,9 @@ class ForeignBijection(Container):
         with source.called(x.dtype):
             if divert and adapted.layers[0].diverted is None:
                 given = self._given(direction, x)
-                result, log_det = executor.chain(
-                    layers, direction, given if direction == "forward" else given[0], context
-                )
+                if direction == "inverse":
+                    given = given[0] if len(given) == 1 else x
+                result, log_det = executor.chain(layers, direction, given, context)
                 z = [result]
             else:
                 source.running = adapted if divert else None
@@ -146,18 +185,12 @@ class ForeignBijection(Container):
 
     def _given(self, direction: Direction, x: Tensor) -> Any:
         """The input of a direction as the foreign flow takes it."""
-        return x.reshape(len(x), *self.input_shape) if direction == "forward" else self.parts(x)
-
-    def parts(self, z: Tensor) -> list[Tensor]:
-        """Latents `(B, D)` as the tensors of the foreign flow."""
-        sizes = [math.prod(shape) for shape in self.latent_shapes]
-        return [
-            part.reshape(len(z), *shape)
-            for part, shape in zip(z.split(sizes, dim=1), self.latent_shapes, strict=True)
-        ]
+        return (
+            x.reshape(len(x), *self.input_shape) if direction == "forward" else self.source.parts(x)
+        )
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
-        return self.parts(z)
+        return self.source.parts(z)
 
 
 @contextmanager
@@ -190,28 +223,6 @@ def _diverted(
                 module.__dict__[name] = before
         if source is not None:
             source.running = None
-
-
-def _map_tensors(thing: Any, fn: Callable[[Tensor], Tensor], seen: set[int] | None = None) -> Any:
-    """Replaces the tensors in an object that is no module, such as a distribution."""
-    seen = set() if seen is None else seen
-    if isinstance(thing, Tensor):
-        return fn(thing)
-    if id(thing) in seen:
-        return thing
-    seen.add(id(thing))
-    if isinstance(thing, nn.Module):
-        return thing._apply(fn)
-    if isinstance(thing, list):
-        thing[:] = [_map_tensors(each, fn, seen) for each in thing]
-    elif isinstance(thing, tuple) and type(thing) is tuple:
-        return tuple(_map_tensors(each, fn, seen) for each in thing)
-    elif isinstance(thing, dict):
-        thing.update({key: _map_tensors(each, fn, seen) for key, each in thing.items()})
-    elif not isinstance(thing, type | ModuleType) and hasattr(thing, "__dict__"):
-        for key, each in list(vars(thing).items()):
-            vars(thing)[key] = _map_tensors(each, fn, seen)
-    return thing
 
 
 class LinearDequantizer(Dequantizer):
@@ -276,13 +287,13 @@ class ForeignModel(Flow):
         bijection = ForeignBijection(contract.flow, contract.image_shape, contract.input_shape)
         super().__init__(bijection, _dequantizer(contract), contract.image_shape)
         self.contract = contract
-        bijection.latent_shapes = _tried(self)
         self.source = bijection.source
+        self.source.latent_shapes = _tried(self)
         self.is_random = False  # whether the log-density depends on the seed
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         with self.source.called(z.dtype):
-            return self.source.adapted.base(self.bijection.parts(z))
+            return self.source.adapted.base(self.source.parts(z))
 
     def own_log_prob(self, v: Tensor) -> Tensor:
         """The library's own log-density of inputs `v` of the bijection, `(B,)`."""
@@ -311,28 +322,32 @@ def _tried(model: ForeignModel) -> list[tuple[int, ...]]:
     """The shapes of the latents, from a trial of both directions on a copy of the flow: layers that
     set themselves on their first batch must not see this one.
     """
-    contract = model.contract
-    name = f"{type(contract.flow).__module__}.{type(contract.flow).__qualname__}"
-    levels = contract.num_bins or 2
-    x = torch.arange(TRIED * model.dims).reshape(TRIED, *model.shape) % levels
-    v = model.dequantizer.middle(x, torch.float32)
-    where = "a copy"
-    try:
-        adapted = adapt(copy.deepcopy(contract.flow))
-        where = "forward"
-        z, log_det = adapted.forward(v.reshape(TRIED, *contract.input_shape))
-        shapes = [tuple(part.shape[1:]) for part in z]
-        _per_example(log_det, v)
-        if any(len(part) != TRIED for part in z) or sum(map(math.prod, shapes)) != model.dims:
-            raise ValueError(f"latents of shapes {shapes} for examples of {contract.shape}")
-        where = "inverse"
-        back, log_det = adapted.inverse(z)
-        _per_example(log_det, v)
-        if back.numel() != v.numel():
-            raise ValueError(f"shape {tuple(back.shape)}, expected {tuple(v.shape)}")
-        where = "log_prob of the base"
-        if (found := adapted.base(z).shape) != (TRIED,):
-            raise ValueError(f"shape {tuple(found)}, expected ({TRIED},)")
-    except Exception as error:  # foreign code may raise anything
-        raise UserError(f"{name}: {where}: {type(error).__name__}: {short(error)}") from error
+    flow, shape = model.contract.flow, model.contract.input_shape
+    if model.num_bins is None:  # densities of positive values, or of values below 1, have these
+        x = 0.25 + torch.arange(TRIED * model.dims) % 2 / 2
+    else:
+        x = torch.arange(TRIED * model.dims) % model.num_bins
+    v = model.dequantizer.middle(x.reshape(TRIED, *model.shape), torch.float32)
+    with _trial(flow, "a copy"):
+        adapted = adapt(copied(flow))
+    with seeded(0):
+        with _trial(flow, "forward"):
+            z, log_det = adapted.forward(v.reshape(TRIED, *shape))
+            shapes = [tuple(part.shape[1:]) for part in z]
+            _per_example(log_det, v)
+            if any(len(part) != TRIED for part in z) or sum(map(math.prod, shapes)) != model.dims:
+                raise ValueError(f"latents of shapes {shapes} for examples of {shape}")
+        with _trial(flow, "inverse"):
+            back, log_det = adapted.inverse(z)
+            _per_example(log_det, v)
+            if back.numel() != v.numel():
+                raise ValueError(f"shape {tuple(back.shape)}, expected {tuple(v.shape)}")
+        with _trial(flow, "log_prob of the base"):
+            if (found := adapted.base(z).shape) != (TRIED,):
+                raise ValueError(f"shape {tuple(found)}, expected ({TRIED},)")
+        with _trial(flow, "sample"):
+            drawn = z if adapted.draw is None else adapted.draw(TRIED)
+            for part, like in zip(drawn, z, strict=True):
+                if part.shape != like.shape:
+                    raise ValueError(f"shape {tuple(part.shape)}, expected {tuple(like.shape)}")
     return shapes

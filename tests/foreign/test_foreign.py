@@ -1,13 +1,14 @@
 """Flows of other libraries as a `Flow`, and `FILE.py:NAME` on a command line."""
 
 import copy
+from types import FunctionType
 
 import foreign_flows as flows
 import pytest
 import torch
 from cli_helpers import quick
 from foreign_flows import BINS, GLOWS, LOG_PROBS, POINTS, SCALE, SHAPE
-from torch import nn
+from torch import distributions, nn
 
 from flowtrain.bijections.execution import call
 from flowtrain.checkpoints.load import load_model
@@ -95,6 +96,21 @@ class Wrong(Raises):
         return self.values[2](z), 0
 
 
+class Draws(flows.Mixture):
+    def __init__(self, sample):
+        super().__init__()
+        self.sample = sample
+
+
+def of_contexts():
+    return flows.library("zuko").flows.GMM(2, context=3)
+
+
+def of_numbers():
+    step = distributions.AffineTransform(0.5, 2.0)
+    return distributions.TransformedDistribution(distributions.Normal(0.0, 1.0), [step])
+
+
 def same(x):
     return x
 
@@ -108,11 +124,28 @@ def same(x):
         (Wrong(lambda x: x[:, :1], len, same), r"latents of shapes \[\(1,\)\]"),
         (Wrong(same, lambda x: x, same), r"log_det has shape \(2, 2\), expected \(2,\)"),
         (Wrong(same, len, lambda z: z[:, :1]), "inverse: ValueError: shape"),
+        (Draws(lambda n: [][n]), "sample: IndexError: list index out of range"),
+        (
+            Draws(lambda n: torch.randn(n, 3)),
+            r"sample: ValueError: shape \(2, 3\), expected \(2, 2",
+        ),
+        (Draws(lambda shape: torch.randn(*shape, 2)), "sample: TypeError"),
+        (of_numbers, r"sample: ValueError: shape \(2,\), expected \(2, 2\)"),
+        (of_contexts, "GMM: its parts: AttributeError"),
     ],
 )
 def test_what_is_no_flow(flow, words):
+    flow = flow() if isinstance(flow, FunctionType) else flow
     with pytest.raises(UserError, match=words):
         ForeignModel(Foreign(flow, (2,)))
+
+
+def test_densities_of_positive_values():
+    for make in (distributions.LogNormal, distributions.Beta):
+        flow = distributions.Independent(make(torch.ones(2), torch.ones(2)), 1)
+        x = torch.tensor([[0.2, 0.7]])
+        found = ForeignModel(Foreign(flow, (2,))).log_prob(x)
+        torch.testing.assert_close(found, flow.log_prob(x))
 
 
 @pytest.mark.parametrize(
@@ -151,6 +184,16 @@ def made():
 
 def fails():
     raise OSError("no weights")
+
+class Light(torch.nn.Module):
+    def forward(self, x):
+        if len(x) > 2:
+            raise KeyError("too many")
+        return x, 0
+    def inverse(self, z):
+        return z, 0
+
+light = Foreign(Light(), (1, 8, 8), 17)
 """
 
 
@@ -186,6 +229,8 @@ def test_files_that_give_no_flow(tmp_path):
     quick("doctor", "own.py:flow", "--weights", "ema", cwd=tmp_path).failed(2, "--weights ema")
     wrong = ("doctor", "own.py:flow", "data.name=two_moons")
     quick(*wrong, cwd=tmp_path).failed(2, "data of shape (2, 1, 1)")
+    raises = ("evaluate", "own.py:light", "--num-images", 8)
+    quick(*raises, cwd=tmp_path).failed(1, "Light: KeyError: 'too many'")
     loaded = load_model(str(tmp_path / "own.py:flow"), torch.device("cpu"))
     with pytest.raises(UserError, match="without a checkpoint"):
         loaded.alone()

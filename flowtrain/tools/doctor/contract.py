@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from flowtrain.bijections import Bijection
 from flowtrain.bijections.base import Direction
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import call
-from flowtrain.errors import UserError, short
+from flowtrain.errors import RunError, UserError, short
 from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.dequantize import Dequantizer
 from flowtrain.foreign.model import ForeignModel
@@ -31,19 +31,29 @@ SAME = 1e-9  # largest change that is rounding in float64
 
 
 def check_constancy(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
-    """Checks that an evaluation does not change the parameters, before anything else runs.
+    """Checks that an evaluation does not change the parameters, before anything else runs. Buffers
+    may change if latents do not depend on them, such as counters of calls.
 
     A layer that sets itself from its first batch does so again if it has forgotten that it is set.
     """
-    used = copy.deepcopy(flow)
+    used, fresh = copy.deepcopy(flow), copy.deepcopy(flow)
+    used.source.seed = fresh.source.seed = 0
+
+    def latents(one: ForeignModel, count: int) -> tuple[Tensor, Tensor]:
+        return one.to_latents(x[:count].to(flow.device), noise[:count].to(flow.device))
+
     try:
-        used.to_latents(x[:TOGETHER].to(flow.device), noise[:TOGETHER].to(flow.device))
+        latents(used, TOGETHER)
+        after: dict[str, Tensor] = {**dict(used.named_parameters())}
+        half = (min(len(x), TOGETHER) + 1) // 2
+        if not all(map(_same, latents(used, half), latents(fresh, half))):
+            after |= dict(used.named_buffers())
     except Exception:  # the passes note it
         return
-    before = dict(flow.named_parameters())
+    before = {**dict(flow.named_parameters()), **dict(flow.named_buffers())}
     changed: dict[str, list[str]] = {}
-    for name, after in used.named_parameters():
-        if not torch.equal(after, before[name]):
+    for name, tensor in after.items():
+        if name in before and not _same(tensor, before[name]):
             module, _, own = name.removeprefix("bijection.own.").rpartition(".")
             changed.setdefault(module, []).append(own)
     for module, names in changed.items():
@@ -51,6 +61,10 @@ def check_constancy(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) 
         notes.add("parameters that change", len(names), module, reason=reason)
     if not changed:
         notes.add("parameters that change", 0)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and not bool(((a != b) & ~(a.isnan() & b.isnan())).any())
 
 
 def check_batch(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
@@ -100,7 +114,7 @@ def _change(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> f
 
 
 def check_device(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
-    """Checks that a layer makes no tensors on the CPU for an input on another device.
+    """Checks that a layer makes and keeps no tensors on the CPU for an input on another device.
 
     That device is torch's `meta`, whose tensors have no values. A layer that reads values passes.
     """
@@ -113,7 +127,7 @@ def check_device(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> 
             call(elsewhere[name], direction, given.to("meta"))
         except Exception as error:
             if re.search("same device|expected device", str(error)):
-                notes.add("device", 1, name, IMAGES, reason="it makes tensors on the CPU")
+                notes.add("device", 1, name, IMAGES, reason="it makes or keeps tensors on the CPU")
         return call(layer, direction, given, context)
 
     notes.add("device", 0, "", IMAGES)
@@ -156,12 +170,15 @@ def check_noise_bits(flow: ForeignModel, log_prob: Tensor, sure: Tensor, notes: 
     notes.add("noise below its entropy", below, inputs=IMAGES, reason=reason)
 
 
+def _noises(x: Tensor, seed: int) -> Iterator[Tensor]:
+    return (uniform(x.shape, seed, Stream.EVALUATION, 0, draw) for draw in range(DRAWS))
+
+
 def figures(flow: ForeignModel, x: Tensor, seed: int) -> Tensor:
     """The bits/dim of each image by each draw of the noise, `(DRAWS, B)`."""
     each = []
-    for draw in range(DRAWS):
+    for draw, noise in enumerate(_noises(x, seed)):
         flow.source.seed = draw
-        noise = uniform(x.shape, seed, Stream.EVALUATION, 0, draw)
         each.append(flow.loss(flow(x.to(flow.device), noise.to(flow.device)).total).cpu().double())
     flow.source.seed = 0
     return torch.stack(each)
@@ -182,7 +199,12 @@ def check_figure(
     own = flow.contract.bits_per_dim
     if own is None:
         return
-    each = figures(flow, x, seed)
+    try:
+        each, seen = (None if of is None else figures(flow, of, seed) for of in (x, train))
+    except Exception as error:
+        notes.failed(("the project's bits/dim",), error, inputs=IMAGES)
+        return
+    assert each is not None
     true = float(each.mean())
     words, reason = "", ""
     if callable(own):
@@ -197,9 +219,9 @@ def check_figure(
     else:
         found, sure = float(own), _error_of_images(each)
     words = f"the project gives {found:.4f}, its density {true:.4f}{words}"
-    distance = max(0.0, abs(found - true) - sure)
-    if train is not None:
-        seen = figures(flow, train, seed)
+    distance = abs(found - true) - sure
+    distance = 0.0 if distance <= 0 else distance  # also NaN, unlike `max`
+    if seen is not None:
         words += f", and {seen.mean():.4f} for training images"
         if distance and abs(found - float(seen.mean())) < _error_of_images(seen):
             reason = "it is the figure of data seen in training"
@@ -231,8 +253,9 @@ def _mistakes(
     for other in (2**n for n in range(1, 9)):
         if other != bins:
             terms[f"{other} bins in place of {bins}"] = math.log2(other / bins)
-    middle = dequantizer.to_unit(dequantizer.middle(x))
-    of_map = float(dequantizer.from_unit(middle)[1].mean()) / (flow.dims * math.log(2))
+    # By the noise of `figures`: at the ends of a logit, its mean is not its value at the middle.
+    of_draws = [dequantizer(x, noise)[1].mean() for noise in _noises(x, seed)]
+    of_map = float(torch.stack(of_draws).mean()) / (flow.dims * math.log(2))
     by_flow = flow.contract.adds_noise  # with all terms of the bins
     if flow.contract.alpha is not None:
         terms["the log-determinant of the logit is missing"] = of_map + math.log2(bins)
@@ -252,11 +275,18 @@ def _mistakes(
         for unit, factor in units.items()
         for words, term in terms.items()
     }
-    for words, of_noise in ({} if by_flow else NOISES).items():
-        noise = of_noise(uniform(x.shape, seed, Stream.EVALUATION))
-        v, given = dequantizer.from_unit((x + noise) / bins)
-        z, own = flow.bijection(v.to(flow.device))
-        figure = float(flow.loss(flow.base_log_prob(z) + own + given).mean())
+    u = uniform(x.shape, seed, Stream.EVALUATION)
+    noises = {words: of_noise(u) for words, of_noise in NOISES.items()}
+    inputs = {words: dequantizer.from_unit((x + noise) / bins) for words, noise in noises.items()}
+    if offset := flow.contract.offset:
+        v, given = dequantizer.from_unit((x + u) / bins)
+        inputs["the offset is missing"] = v - offset, given
+    for words, (v, given) in ({} if by_flow else inputs).items():
+        try:
+            z, own = flow.bijection(v.to(flow.device))
+            figure = float(flow.loss(flow.base_log_prob(z) + own + given.to(flow.device)).mean())
+        except RunError:  # not an input of the flow
+            continue
         if math.isfinite(figure):
             single[words] = figure
     return single, pairs

@@ -18,6 +18,7 @@ from flowtrain.flow.flow import Flow
 from flowtrain.flow.inputs import Batch, as_tensor
 from flowtrain.foreign.contract import Foreign
 from flowtrain.foreign.model import ForeignModel
+from flowtrain.foreign.state import copied
 from flowtrain.system.console import silent
 from flowtrain.system.random import Stream, generator, uniform
 from flowtrain.tools.doctor.contract import (
@@ -59,8 +60,7 @@ def examine(
     if len(split) == 0:
         raise UserError("data: the test split is empty")
     x = split.sample(num_images, seed).take(slice(None))
-    own = model.flow.contract.bits_per_dim if isinstance(model.flow, ForeignModel) else None
-    printed = own is not None and not callable(own)
+    printed = isinstance(model.flow, ForeignModel) and model.flow.contract.prints_bits
     train = data.split("train").sample(num_images, seed).take(slice(None)) if printed else None
     return examine_on(x, model, train=train, seed=seed, progress=progress)
 
@@ -78,8 +78,15 @@ def examine_on(
     The figure of a project is also compared with the bits/dim of the images `train`.
 
     A model that raises, or whose values are not finite, has findings like any other.
+
+    Raises:
+        UserError: if the project's figure raises, or is printed and there is only one image.
     """
     flow = model.flow
+    if isinstance(flow, ForeignModel) and flow.contract.prints_bits:
+        for name, images in (("test", x), ("training", train)):
+            if images is not None and len(images) < 2:  # one image has no standard error
+                raise UserError(f"bits_per_dim: a printed figure needs two {name} images or more")
     kinds = {IMAGES: x, NOISE: flow.kind.uniform_like(x, generator(seed, Stream.EVALUATION))}
     if flow.num_bins is not None:
         kinds[EXTREME] = extreme_images(flow.shape, flow.num_bins)
@@ -169,9 +176,7 @@ def check(
     flow: Flow | Foreign, x: Batch, seed: int = 0, train: Batch | None = None
 ) -> list[Finding]:
     """All findings about a copy of a flow on images `x`. See `flowtrain.check`."""
-    flow = copy.deepcopy(flow)
-    if isinstance(flow, Foreign):
-        flow = ForeignModel(flow)
+    flow = ForeignModel(copied(flow)) if isinstance(flow, Foreign) else copy.deepcopy(flow)
     images = as_tensor(x, flow.shape, flow.num_bins)
     seen = None if train is None else as_tensor(train, flow.shape, flow.num_bins)
     for given in (images, seen):

@@ -147,7 +147,7 @@ class Notes:
         """Adds checks that have no value because of `error`. Logs each reason once."""
         if isinstance(error, torch.OutOfMemoryError):
             raise error
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         if reason not in self.reasons:
             self.reasons.add(reason)
             logger.warning(f"{layer or 'the model'}: {checks[0]}: {reason}")

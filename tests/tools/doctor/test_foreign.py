@@ -5,6 +5,7 @@ import json
 import math
 import re
 import textwrap
+import types
 
 import foreign_flows as flows
 import pytest
@@ -21,6 +22,7 @@ from flowtrain.tools.doctor.findings import EXTREME, IMAGES
 
 pytestmark = pytest.mark.run
 
+POINTS = {**flows.POINTS, **flows.OWN, **flows.ESTIMATES}
 DIMS = math.prod(SHAPE)
 PAGE = (REPOSITORY / "docs" / "howto" / "foreign.md").read_text()
 BLOCKS = re.findall(r"^    # (\w+)\.py\n((?:(?:    .*)?\n)+?)(?=\S)", PAGE, re.MULTILINE)
@@ -42,15 +44,15 @@ def bad(found):
     return {key: f for key, f in found.items() if f.verdict == "bad" and f.check != "likelihood"}
 
 
-@pytest.mark.parametrize("name", [*flows.IMAGES, *flows.POINTS, *flows.ESTIMATES])
-def test_a_sound_flow(name):
+@pytest.mark.parametrize(
+    "images, name", [*((True, name) for name in flows.IMAGES), *((False, name) for name in POINTS)]
+)
+def test_a_sound_flow(images, name):
     """Nothing is bad, and every layer of the library is checked."""
-    images = name in flows.IMAGES
     if images:
         contract = flows.IMAGES[name]()
     else:
-        build = {**flows.POINTS, **flows.ESTIMATES}[name]
-        contract = Foreign(build(), (4 if name == "residual" else 2,))
+        contract = Foreign(POINTS[name](), (4 if name == "residual" else 2,))
     found = checked(contract)
     assert bad(found) == {}
     checks = {check for check, _, _ in found}
@@ -197,6 +199,38 @@ FAULTS = {
 }
 
 
+def of_input(change, bins=BINS, **options):
+    """The bits/dim of inputs `change(x, u)`, without terms for their map."""
+
+    def build(flow):
+        def bits_per_dim(x):
+            z, log_det = flow(change(x, torch.rand(x.shape)))
+            log_prob = torch.distributions.Normal(0, 1).log_prob(z).flatten(1).sum(1) + log_det
+            return math.log2(bins) - log_prob / (DIMS * math.log(2))
+
+        return Foreign(flow, SHAPE, bins, bits_per_dim=bits_per_dim, **options)
+
+    return build
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.05])
+def test_a_logit_that_is_missing_in_a_figure(alpha):
+    """Also with many black and white entries, where its log-determinant depends on the noise."""
+    own = of_input(
+        lambda x, u: torch.logit(alpha + (1 - 2 * alpha) * (x + u) / 17), 17, alpha=alpha
+    )
+    x = (flows.pictures(256).float() / 8 - 12).clamp(0, 16).to(torch.uint8)
+    reason = next(f.reason for f in flowtrain.check(own(Likely(0)), x) if "project" in f.check)
+    assert reason.endswith("the log-determinant of the logit is missing")
+
+
+def test_an_offset_that_is_missing_in_a_figure():
+    """The flow raises for other mistakes."""
+    own = of_input(lambda x, u: (x + u) * SCALE, offset=-0.5)
+    found = checked(own(Bounded(0)))
+    assert found["the project's bits/dim", "", IMAGES].reason.endswith(": the offset is missing")
+
+
 OF_FIGURES = [fault for fault, (_, check, _) in FAULTS.items() if check == "the project's bits/dim"]
 
 
@@ -297,6 +331,22 @@ class Likely(nn.Module):
         return z, -self.nats
 
 
+class Bounded(Likely):
+    def forward(self, x):
+        if x.min() < -0.5 or x.max() >= 1:
+            raise ValueError("outside of the domain")
+        return super().forward(x)
+
+
+class Few(Likely):
+    """It raises for many images."""
+
+    def forward(self, x):
+        if len(x) > 2:
+            raise ValueError("too many")
+        return super().forward(x)
+
+
 class Contrast(Likely):
     """NaN for constant images."""
 
@@ -311,6 +361,26 @@ class Elsewhere(flows.Scaled):
     def forward(self, x):
         z, log_det = super().forward(x)
         return (z + torch.zeros(2)).float(), log_det
+
+
+class Centred(flows.Scaled, nn.Module):
+    """The first batch sets the buffer `mean`, if it is NaN, and each call changes `calls`."""
+
+    def __init__(self, mean=math.nan, scale=0.0):
+        nn.Module.__init__(self)
+        self.log_scale = nn.Parameter(torch.full((2,), scale))
+        self.register_buffer("mean", torch.full((2,), mean))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        if self.mean.isnan().any():
+            self.mean.copy_(x.mean(0))
+        return super().forward(x - self.mean)
+
+    def inverse(self, z):
+        x, log_det = super().inverse(z)
+        return x + self.mean, log_det
 
 
 def of_images(flow, **options):
@@ -342,11 +412,22 @@ def of_few(nats, scale=1.0):
             *("log-det of the inverse", "it has the sign of the"),
         ),
         (of_points(lambda: flows.Estimated(bias=1.0)), "log-det", ""),
+        (of_points(Centred), "parameters that change", "the first batch sets mean"),
+        (
+            of_points(lambda: flows.Around(Centred())),
+            *("parameters that change", "the first batch sets mean"),
+        ),
+        (of_points(lambda: flows.Around(Centred(0.0, math.nan))), "parameters", ""),
         (of_points(Elsewhere), "digits of the result", "in float64, they are torch.float32"),
         (of_images(Likely(200)), "noise below its entropy", "their entropy is 8 bits/dim"),
         (of_images(Likely(450)), "integral", "16 images together have exp("),
         (of_few(0.5), "integral", "all 256 images together have 1.3"),
         (of_images(Contrast(0)), "forward pass", ""),
+        (
+            of_images(Few(0), bits_per_dim=8.0),
+            "the project's bits/dim",
+            "Few: ValueError: too many",
+        ),
         (of_images(flows.Dequantized(False)), "random latents", "without adds_noise in its"),
         (of_images(Likely(0), adds_noise=True), "random latents", "the flow draws no random"),
         (of_images(flows.Dequantized(False, 1), adds_noise=True), "log-det", "D log Q is missing"),
@@ -367,6 +448,23 @@ def test_what_is_no_fault():
     assert found["forward pass", "", IMAGES].value == 0
     found = checked(of_points(Elsewhere)())
     assert found["device", "flow", IMAGES].verdict == "watch"
+    for scale in (0.0, math.nan):
+        found = checked(Foreign(Centred(0.0, scale), (2,)))
+        assert found["parameters that change", "", ""].value == 0
+    found = checked(of_points(flows.Kept)())
+    assert found["device", "flow", IMAGES].verdict == "watch" and bad(found) == {}
+
+
+def test_a_check_leaves_the_flow_alone():
+    """Also tensors with a history of gradients, and a module in a closure."""
+    normal, module = flows.trained_normal(), flows.Coupling(flows.batch_norm)
+    closure = types.SimpleNamespace(
+        forward=lambda x: module(x), inverse=lambda z: module.inverse(z)
+    )
+    for flow in (normal, closure):
+        checked(Foreign(flow, (2,)))
+    assert normal.base_dist.scale.grad_fn is not None and module.training
+    assert module.net[0].weight.dtype == torch.float32 and module.net[0].weight.requires_grad
 
 
 def test_the_figure_that_a_project_prints():
@@ -389,8 +487,18 @@ def test_the_figure_that_a_project_prints():
     assert finding(own - 8).reason.endswith("log 256 is missing")
 
 
+def test_a_figure_without_a_distance():
+    """NaN is bad, and one image has no standard error."""
+    for figure in (math.nan, lambda x: math.nan):
+        contract = Foreign(Likely(0), SHAPE, BINS, bits_per_dim=figure)
+        assert ("the project's bits/dim", "", IMAGES) in bad(checked(contract, 2))
+    for count, train in ((1, None), (2, flows.pictures(1))):
+        with pytest.raises(UserError, match="a printed figure needs two t.* images or more"):
+            checked(Foreign(Likely(0), SHAPE, BINS, bits_per_dim=8.0), count, train=train)
+
+
 def test_a_figure_that_raises():
-    contract = Foreign(flows.Mixture(), (1, 8, 8), BINS, flat=True, bits_per_dim=lambda x: x.gone)
+    contract = Foreign(Likely(0), SHAPE, BINS, bits_per_dim=lambda x: x.gone)
     with pytest.raises(UserError, match="bits_per_dim: AttributeError"):
         checked(contract)
 
