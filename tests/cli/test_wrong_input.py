@@ -259,7 +259,7 @@ TABLE = [
     ("doctor run --set data.name=npz --set data.path=colour.npz", "shape (3, 8, 8)"),
     ("ood run --data noise --in noise", "--data noise: it is named twice"),
     ("ood run --data constant --in noise", "--in noise: neither a data set"),
-    ("ood points --data noise", "a model of real values"),
+    ("ood points --data noise", "is one of real values"),
     ("ood run", "IMAGES: give a folder, an image file or a name"),
     ("ood run phots", "--data phots: neither a data set"),
     ("ood run noise --false-positives 1:100", "'--false-positives': 1:100", "such as 1% or 0.01"),
