@@ -46,7 +46,7 @@ def main() -> None:
 def measured(
     model: str, way: str, count: str, data: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures of `flowtrain quality`, and those of `flowtrain evaluate` of the samples."""
+    """The figures of `flowtrain quality`, and of `flowtrain evaluate` for the samples."""
     words = [f"--{word}" if word.isalpha() else word for word in way.split()]
     with tempfile.TemporaryDirectory() as folder:
         samples, files = Path(folder) / "samples.npz", [Path(folder) / f"{i}.json" for i in (0, 1)]

@@ -35,7 +35,7 @@ def modules_in(thing: Any) -> list[nn.Module]:
 
 def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
     """A deep copy. Its tensors are detached, because torch copies no tensor with a history of
-    gradients. Its functions refer to copies too, which those of `copy.deepcopy` do not.
+    gradients. Its functions refer to copies too, unlike after `copy.deepcopy`.
     """
     memo = {} if memo is None else memo
     for each in _found(thing):

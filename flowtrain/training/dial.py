@@ -191,8 +191,8 @@ class Step:
 def _measured(
     config: Config, data: DataSet, device: torch.device, divides: bool = True
 ) -> Step | None:
-    """A step with its batch divided (`train.accumulate`) until the activations fit. None if those
-    of one image do not, or those of a batch that must not be divided. All processes find the same.
+    """A step with its batch divided (`train.accumulate`) until the activations fit. None if one
+    image, or a batch that must not be divided, does not fit. All processes find the same.
     """
     flow, train = build_flow(config, data.shape, data.num_bins).to(device), config.train
     image = max(1, activations_of_an_image(flow, config))
