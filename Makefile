@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := runs/glow_digits
 
 # The programs of `make bench`, and the numbers of threads they are run with.
-BENCHMARKS ?= $(addprefix benchmarks/,compress.py memory.py sampling.py startup.py \
+BENCHMARKS ?= $(addprefix benchmarks/,compress.py memory.py sampling.py \
 	step.py) "benchmarks/step.py --work P" "benchmarks/sampling.py --work P"
 THREADS ?= 1 $(shell getconf _NPROCESSORS_ONLN)
 

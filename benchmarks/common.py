@@ -3,7 +3,6 @@ turns.
 """
 
 import argparse
-import contextlib
 import math
 import os
 import platform
@@ -11,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -81,23 +80,8 @@ def heading(title: str, threads: int) -> None:
     print(f"### {title}\n\n{where}; {', '.join(versions)}\n", flush=True)
 
 
-@contextlib.contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Lets so many processes compute meanwhile, each on one core."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 def in_turns(
-    contenders: Mapping[str, Callable[[], object]],
-    repeats: int,
-    warmup: int = 2,
-    clock: Callable[[], float] = time.perf_counter,
+    contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Seconds of each call. The contenders take turns, so that a slow moment of the machine affects
     all of them.
@@ -108,26 +92,25 @@ def in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, run in contenders.items():
-            started = clock()
+            started = time.perf_counter()
             run()
-            seconds[name].append(clock() - started)
+            seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
-def table(seconds: Mapping[str, list[float]], against: Mapping[str, str], unit: str = "s") -> None:
+def table(seconds: Mapping[str, list[float]], against: Mapping[str, str]) -> None:
     """Prints one row per contender: the median, the least, and the median ratio to each of
     `against` (title to contender).
     """
-    factor = {"s": 1, "ms": 1000}[unit]
     rows = []
     for name, times in seconds.items():
-        row = [name, f"{factor * statistics.median(times):.3f}", f"{factor * min(times):.3f}"]
+        row = [name, f"{statistics.median(times):.3f}", f"{min(times):.3f}"]
         for other in against.values():
             # The median of ratios of neighbours in time: a disturbance of both cancels.
             pairs = zip(times, seconds[other], strict=True)
             row.append(f"{statistics.median(mine / theirs for mine, theirs in pairs):.2f}")
         rows.append(row)
-    markdown(["", f"median ({unit})", "least", *against], rows)
+    markdown(["", "median (s)", "least", *against], rows)
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

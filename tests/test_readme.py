@@ -1,8 +1,11 @@
-"""The examples in the README are one story: they run from top to bottom, in one folder."""
+"""The examples in the README are one story: they run from top to bottom, in one folder. With
+`pytest -s`, it prints their times.
+"""
 
 import re
 import shlex
 import shutil
+import time
 
 import pytest
 from cli_helpers import flowtrain, start
@@ -19,9 +22,10 @@ def test_the_examples_run_from_top_to_bottom(tmp_path):
     (tmp_path / "docs").mkdir()
     shutil.copy(REPOSITORY / "docs" / "holes.png", tmp_path / "docs")
     for line in commands:
-        words = shlex.split(line, comments=True)
+        words, started = shlex.split(line, comments=True), time.monotonic()
         if words[0] != "explore":
             flowtrain(*words, cwd=tmp_path).ok()
+            print(f"{time.monotonic() - started:6.1f} s  flowtrain {line}")
             continue
         process = start(*words, "--no-browser", cwd=tmp_path)  # until its page is there
         printed = [process.stdout.readline() for _ in range(2)]

@@ -201,6 +201,7 @@ JsonOption = Annotated[
         show_default="a file in the run",
     ),
 ]
+NAMES_OF_DATA = ("data.name=", "data.path=")
 DATA_NAMES = (
     "A data set (mnist, cifar10, digits, ..., found or downloaded under data.root), a folder of "
     "image files, an image file, or an .npz or .npy file. "
@@ -399,6 +400,8 @@ def data_of(
             raise UserError(
                 f"--set {cut(text)}: only keys of data can be set; the model is trained"
             )
+        if dataset not in (None, loaded.config.data.name) and text.startswith(NAMES_OF_DATA):
+            raise UserError(f"--set {cut(text)}: --data {dataset} names the data; leave one out")
     values = dict(loaded.checkpoint.meta["config"])
     if dataset is not None:
         values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--data")

@@ -316,13 +316,15 @@ def build(shape, *, scale: float = 1.0):
 
 
 def test_a_model_of_ones_own(tmp_path):
-    """A checkpoint that names a module needs --trust-code."""
+    """A checkpoint that names a module needs --trust-code. A sweep trusts its own."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "affine.py").write_text(OWN_MODEL)
     options = [*sets(model__name="own.affine", model__scale=2), *SHORT, "--run-dir", "a"]
     quick("train", *options, cwd=tmp_path).ok()
     quick("evaluate", "a", cwd=tmp_path).failed(2, "model.name", "own.affine", "--trust-code")
     assert evaluated("a", "--trust-code", cwd=tmp_path)["num_images"] == DIGITS["test"]
+    row = ["--try", "model.name=own.affine", "--images", 640, "--out", "s", "--workers", 1]
+    assert " finished |" in quick("sweep", *row, cwd=tmp_path).ok().out
 
 
 def test_the_newest_run_is_the_default(run, tmp_path):

@@ -172,6 +172,7 @@ TABLE = [
     ("evaluate run --data nope", "neither a data set", "mnist", "folder", ".png", ".npz"),
     ("evaluate run --data mnits", "nor an .npz or .npy file; did you mean mnist?"),
     ("evaluate run --data no.png", "no.png: there is no such file"),
+    ("evaluate run --data sub data.path=empty", "--set data.path=empty: --data sub names the"),
     ("evaluate points --data digits", "17 levels", "(2, 1, 1) with real values"),
     ("evaluate run --data large.npz", "(1, 16, 16) with 17 levels", "(1, 8, 8) with 17 levels"),
     (f"evaluate run --draws {HUGE}", f"--draws {HUGE}: the scores of 180 images need"),

@@ -68,8 +68,9 @@ def test_a_sound_run(run):
     assert found.reached[1] is None and 0 < found.reached[9] < found.seconds
     assert found.row.startswith(f"| `run` | glow | noise | {found.test.loss:.3f} +- ")
     assert "elbo, mirrored" in mirrored.row and " thread" in found.row
-    edit(run / "summary.json", machine="A processor")
-    assert "A processor, " in verified(run).row
+    edit(run / "summary.json", machine="A processor", parameters=1)
+    edited = verified(run)
+    assert "A processor, " in edited.row and edited.parameters == found.parameters > 1
     model = load_model(str(run), CPU)
     train = model.config.train.model_copy(update={"clock": "processor"})
     model = dataclasses.replace(model, config=model.config.model_copy(update={"train": train}))
