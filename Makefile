@@ -23,7 +23,7 @@ SESSION ?=
 # TORCH_INDEX=URL`.
 DOCKER ?=
 
-# What `make mutants` adds: `--only resuming`, `--results FILE`, `--compare FILE`.
+# What `make mutants` adds: `--only resuming`, `--results FILE`, `--again`.
 MUTANTS ?=
 
 # The tests start many processes. Without this, each compiles all of flowtrain again.

@@ -3,11 +3,9 @@
 `mutants.txt` has the slips, each as two lines like those of a diff. The first is a snippet that
 occurs once in the package, so a file that moves keeps its mutants. The tests of the mutated file
 are found by its path: `flowtrain/a/b.py` has those in `tests/a/test_b.py`, then the others in
-`tests/a`, then those in `NEIGHBOURS`. `--wide` runs survivors again, with the tests of other
-folders. A test without output for `--seconds` counts as a failure.
+`tests/a`, then those in `FURTHER`. A test without output for `--seconds` counts as a failure.
 
-    python tests/mutants.py --results before.jsonl
-    python tests/mutants.py --results after.jsonl --compare before.jsonl
+    python tests/mutants.py --only resuming
 """
 
 import argparse
@@ -39,20 +37,14 @@ IMPORTED = (
     *("matplotlib.figure", "pydantic", "typer", "rich", "yaml"),
 )
 
-# Further folders and files of tests, by a folder of the package: always, and with `--wide`.
-NEIGHBOURS = {
-    "nets": ["bijections/test_bijections.py", "models/test_models.py"],
-    "models": ["bijections/test_bijections.py"],
-    "data": ["datasets"],
-    "flowtrain": ["runs", "evaluation/test_evaluate.py"],
-}
+# Further folders and files of tests, by a folder of the package.
 LIKELIHOODS = ["bijections", "models", "flow", "latents", "evaluation"]
-WIDE = {
+FURTHER = {
     **dict.fromkeys(("bijections", "nets", "models", "flow", "latents"), LIKELIHOODS),
     **dict.fromkeys(("checkpoints", "data", "datasets", "system"), ["checkpoints", "data"]),
     "pictures": ["evaluation", "latents"],
+    "flowtrain": ["evaluation/test_evaluate.py", "training", "cli", "tools", "test_keys.py"],
 }
-INTEGRATION = ["training", "cli", "tools", "test_keys.py"]
 
 
 class Mutant(NamedTuple):
@@ -95,7 +87,7 @@ def file_of(mutant: Mutant, texts: dict[Path, str]) -> Path:
     return found[0]
 
 
-def tests_of(file: Path, wide: bool = False) -> list[Path]:
+def tests_of(file: Path) -> list[Path]:
     """Files of tests for a file of the package, the nearest ones first."""
     tests = ROOT / "tests"
     nearest = tests / Path(*file.parts[1:]).with_name(f"test_{file.name}")
@@ -105,10 +97,8 @@ def tests_of(file: Path, wide: bool = False) -> list[Path]:
     places = [nearest, tests / f"test_{file.parts[1]}.py"]
     if folder != tests:
         places += [folder / f"test_{folder.name}.py", folder]
-    for name in reversed(file.parent.parts[1:] or file.parent.parts):
-        further = NEIGHBOURS.get(name, []) + (WIDE.get(name, []) if wide else [])
-        places += [tests / place for place in further]
-    places += [tests / place for place in INTEGRATION if wide]
+    for name in reversed(file.parent.parts):
+        places += [tests / place for place in FURTHER.get(name, [])]
     files: list[Path] = []
     for place in places:
         files += sorted(place.rglob("test_*.py")) if place.is_dir() else [place]
@@ -122,15 +112,14 @@ class Run:
     mutant: Mutant
     file: Path
     copy: Path
-    wide: bool
 
-    def start(self, first: set[object]) -> None:
+    def start(self) -> None:
         original = (ROOT / self.file).read_text(encoding="utf-8")
         changed = original.replace(self.mutant.snippet, self.mutant.replacement)
         (self.copy / self.file).write_text(changed, encoding="utf-8")
         self.begun = self.alive = self.looked = time.monotonic()
         self.length = 0
-        self.pid = start_tests(self.copy, tests_of(self.file, self.wide), first)
+        self.pid = start_tests(self.copy, tests_of(self.file))
 
     def result(self, seconds: float) -> dict[str, object] | None:
         """What has come of it, if it is over: after so many seconds without output, it is."""
@@ -152,10 +141,8 @@ class Run:
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
         last = re.findall(r"^tests/\S+", output, re.MULTILINE)[-1:] if hangs else []
         test = failed[1] if failed else last[0] if last else None
-        took = round(now - self.begun, 1)
-        return {**self.mutant._asdict(), "file": str(self.file), "wide": self.wide} | {
-            "outcome": outcome, "test": test, "seconds": took
-        }  # fmt: skip
+        found = {"file": str(self.file), "outcome": outcome, "test": test}
+        return {**self.mutant._asdict(), **found, "seconds": round(now - self.begun, 1)}
 
 
 def outcome_of(code: int, output: str) -> str:
@@ -168,20 +155,15 @@ def outcome_of(code: int, output: str) -> str:
     raise SystemExit(f"pytest ended with exit code {code}:\n{output[-3000:]}")
 
 
-class Ordered:
-    """Tests that have caught another mutant come first, and those that run a command last."""
-
-    def __init__(self, first: set[object]):
-        self.first = first
+class CommandsLast:
+    """Tests that run a command come last."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(
-            key=lambda item: (item.nodeid not in self.first, bool(item.get_closest_marker("run")))
-        )
+        items.sort(key=lambda item: bool(item.get_closest_marker("run")))
 
 
-def start_tests(copy: Path, tests: Iterable[object], first: set[object]) -> int:
+def start_tests(copy: Path, tests: Iterable[object]) -> int:
     """Runs them up to the first failure, in a fork, which need not import torch again."""
     if pid := os.fork():
         return pid
@@ -197,7 +179,7 @@ def start_tests(copy: Path, tests: Iterable[object], first: set[object]) -> int:
         sys.path.insert(0, str(copy))
         sys.argv[1:] = []
         options = ["-x", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-        code = int(pytest.main([*options, *map(str, tests)], [Ordered(first)]))
+        code = int(pytest.main([*options, *map(str, tests)], [CommandsLast()]))
         sys.stdout.flush()
     finally:
         os._exit(code)
@@ -212,9 +194,9 @@ def copy_repository(copy: Path) -> None:
     (copy / "log").touch()
 
 
-def run(mutants: list[Mutant], results: Path, jobs: int, seconds: float, wide: bool) -> None:
+def run(mutants: list[Mutant], results: Path, jobs: int, seconds: float) -> None:
     texts = sources()
-    runs = [Run(mutant, file_of(mutant, texts), Path(), wide) for mutant in mutants]
+    runs = [Run(mutant, file_of(mutant, texts), Path()) for mutant in mutants]
     for module in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
@@ -227,44 +209,22 @@ def run(mutants: list[Mutant], results: Path, jobs: int, seconds: float, wide: b
             while runs and free:
                 running.append(runs.pop(0))
                 running[-1].copy = free.pop()
-                running[-1].start({result["test"] for result in read(results).values()})
+                running[-1].start()
             time.sleep(0.1)
             for each in list(running):
                 if (result := each.result(seconds)) is not None:
                     with results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(result) + "\n")
-                    print(line_of(result), flush=True)
+                    print("{number:>4} {outcome:8} {seconds:6} s  {test}".format_map(result))
                     running.remove(each)
                     free.append(each.copy)
 
 
-def require_passing(tests: set[str]) -> None:
-    """Runs the tests that caught mutants without one: a test that fails then proves nothing."""
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy = Path(folder, "0")
-        copy_repository(copy)
-        pid = start_tests(copy, sorted(tests), set())
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if code != 0:
-            raise SystemExit(f"fails without a mutant:\n{(copy / 'log').read_text()[-3000:]}")
-
-
-def line_of(result: dict[str, object]) -> str:
-    by = result["test"] or result["snippet"]
-    return f"{result['number']:>4} {result['outcome']:8} {result['seconds']:6} s  {by}"
-
-
-def key_of(result: dict[str, object]) -> tuple[object, object]:
-    return result["snippet"], result["replacement"]
-
-
-def read(path: Path) -> dict[tuple[object, object], dict[str, object]]:
-    """The newest result of each mutant."""
-    found: dict[tuple[object, object], dict[str, object]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        result = json.loads(line)
-        found[key_of(result)] = result
-    return found
+def read(path: Path) -> dict[tuple[str, str], dict[str, object]]:
+    """The newest result of each mutant, by snippet and replacement."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    results = map(json.loads, lines)
+    return {(result["snippet"], result["replacement"]): result for result in results}
 
 
 def summarize(known: list[dict[str, object]]) -> None:
@@ -275,23 +235,9 @@ def summarize(known: list[dict[str, object]]) -> None:
         print(f"{part}: {len(of_part)}, {words}")
     for result in known:
         if result["outcome"] == "survived":
-            print(f"{result['number']:>4} {result['file']}")
-            print(f"     - {result['snippet']}\n     + {result['replacement']}")
+            print("{number:>4} {file}\n     - {snippet}\n     + {replacement}".format_map(result))
     caught = sum(result["outcome"] != "survived" for result in known)
     print(f"{caught} of {len(known)} mutants are caught")
-
-
-def lost(before: list[dict[str, object]], now: list[dict[str, object]]) -> list[str]:
-    """What was caught and no longer is. A snippet that was edited is found by its number."""
-    by_key = {key_of(result): result for result in now}
-    by_number = {result["number"]: result for result in now}
-    found = []
-    for result in before:
-        if result["outcome"] != "survived":
-            new = by_key.get(key_of(result)) or by_number.get(result["number"])
-            if new is None or new["outcome"] == "survived":
-                found.append(f"{result['number']}: {result['snippet']} (by {result['test']})")
-    return found
 
 
 def main() -> None:
@@ -300,31 +246,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--seconds", type=float, default=180, help="limit of one test")
     parser.add_argument("--again", action="store_true", help="also mutants with a result")
-    parser.add_argument("--wide", action="store_true", help="survivors, with more tests")
-    parser.add_argument("--verify", action="store_true", help="run what caught them without one")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "mutants.jsonl")
-    parser.add_argument("--compare", type=Path, help="earlier results; fails if one is lost")
     options = parser.parse_args()
     mutants, texts, known = table(), sources(), read(options.results)
     chosen = []
     for mutant in mutants:
-        old = known.get((mutant.snippet, mutant.replacement))
-        survived = old is not None and old["outcome"] == "survived"
         words = f"{mutant.part} {file_of(mutant, texts)} {mutant.snippet}"
         named = [str(mutant.number)] if (options.only or "").isdigit() else words
-        if options.only and options.only not in named:
-            continue
-        if old is None or options.again or options.wide and survived and not old["wide"]:
+        if (options.only or "") in named and (options.again or mutant[2:] not in known):
             chosen.append(mutant)
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    run(chosen, options.results, options.jobs, options.seconds, options.wide)
+    run(chosen, options.results, options.jobs, options.seconds)
     known = read(options.results)
-    now = [known[key] for mutant in mutants if (key := tuple(mutant[2:])) in known]
-    summarize(now)
-    if options.verify:
-        require_passing({str(result["test"]) for result in now if result["test"]})
-    if options.compare and (gone := lost(list(read(options.compare).values()), now)):
-        raise SystemExit("no longer caught:\n" + "\n".join(gone))
+    summarize([known[mutant[2:]] for mutant in mutants if mutant[2:] in known])
 
 
 if __name__ == "__main__":
