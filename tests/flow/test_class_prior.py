@@ -82,6 +82,8 @@ def test_labels_that_the_model_does_not_have():
         (3, [0, -1], "classes in 0..2, got .-1, 0"),
         (3, [0, 3], "classes in 0..2, got .0, 3"),
         (3, [0], "expected 2 labels, got .1,."),
+        (3, [0.0, 1.0], "integers as labels, got torch.float32"),
+        (2, [True, False], "integers as labels, got torch.bool"),  # not a mask of the classes
         (0, [0, 0], "not class-conditional"),
     ):
         flow = conditional(classes=classes)
