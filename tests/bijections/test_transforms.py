@@ -202,17 +202,6 @@ def test_spline_is_the_formula(scale):
     torch.testing.assert_close(found[:, 0], expected, rtol=0, atol=1e-10)
 
 
-def test_free_ends_have_a_derivative_of_their_own():
-    transform = b.SplineTransform(3, 2.0, free_ends=True)
-    parameters = torch.randn(1, transform.parameters_per_entry, generator=seeded()).double()
-    ends = torch.tensor([[-2 + 1e-9], [2 - 1e-9]], dtype=torch.float64)
-    z, log_derivative = transform(ends, parameters.expand(2, -1))
-    torch.testing.assert_close(z, ends, rtol=0, atol=1e-6)
-    # Widths, heights, then one derivative per knot.
-    expected = math.log(1000) * torch.tanh(parameters[0, [6, 9]] / math.log(1000))
-    torch.testing.assert_close(log_derivative[:, 0], expected, rtol=0, atol=1e-5)
-
-
 def test_spline_is_the_identity_outside():
     transform, parameters = some("spline", 5, shape=(8, 1, 6))
     x = torch.tensor([-1e4, -4.0 - 1e-9, -4.0, 4.0, 4.0 + 1e-9, 1e4], dtype=torch.float64)
