@@ -107,17 +107,3 @@ def npz(path, train=20, test=4, shape=(8, 8, 1), seed=0, **options):
     counts = {"x_train": train, "x_test": test}
     np.savez(path, **{k: rng.integers(0, 256, (n, *shape), "u1") for k, n in counts.items()})
     return {"name": "npz", "path": str(path), **options}
-
-
-def assert_an_image_scores_alone(flow):
-    """Neither batch size nor batch mates change the log-likelihood of an image."""
-    x = images(33, flow.shape)
-    expected = flow.log_prob(x, seeded(1)).detach()
-    generator = seeded(1)
-    found = torch.cat([flow.log_prob(part, generator).detach() for part in x.split([1, 7, 25])])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    others = images(33, flow.shape, seed=5)
-    others[10] = x[10]
-    torch.testing.assert_close(
-        flow.log_prob(others, seeded(1))[10].detach(), expected[10], rtol=1e-5, atol=1e-4
-    )

@@ -6,6 +6,8 @@
 from flowtrain.bijections.actnorm import ActNorm as ActNorm
 from flowtrain.bijections.actnorm import DiagonalAffine as DiagonalAffine
 from flowtrain.bijections.actnorm import Standardize as Standardize
+from flowtrain.bijections.affine import AdditiveTransform as AdditiveTransform
+from flowtrain.bijections.affine import AffineTransform as AffineTransform
 from flowtrain.bijections.affine import ExponentialTransform as ExponentialTransform
 from flowtrain.bijections.affine import SigmoidTransform as SigmoidTransform
 from flowtrain.bijections.affine import TanhTransform as TanhTransform
@@ -16,8 +18,6 @@ from flowtrain.bijections.base import Transform as Transform
 from flowtrain.bijections.continuous import Continuous as Continuous
 from flowtrain.bijections.conv1x1 import Conv1x1 as Conv1x1
 from flowtrain.bijections.conv1x1 import Conv1x1LU as Conv1x1LU
-from flowtrain.bijections.coupling import AdditiveTransform as AdditiveTransform
-from flowtrain.bijections.coupling import AffineTransform as AffineTransform
 from flowtrain.bijections.coupling import CheckerboardCoupling as CheckerboardCoupling
 from flowtrain.bijections.coupling import Coupling as Coupling
 from flowtrain.bijections.logistic import LogisticToNormal as LogisticToNormal

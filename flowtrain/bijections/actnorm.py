@@ -51,10 +51,7 @@ class ActNorm(DataDependentInit, DiagonalAffine):
     The first batch sets them so that its channels have zero mean and unit variance.
     """
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor, context: Context | None = None) -> None:
-        if self.initialized:
-            return
+    def set_from(self, x: Tensor) -> None:
         # Statistics over the batch and every dimension in which the parameters are broadcast.
         dims = [0] + [i + 1 for i, n in enumerate(self.log_scale.shape) if n == 1]
         std, mean = torch.std_mean(x, dim=dims, keepdim=True, correction=0)
@@ -63,7 +60,6 @@ class ActNorm(DataDependentInit, DiagonalAffine):
         limit = torch.finfo(std.dtype).tiny
         self.log_scale.copy_(unbounded(-std.clamp_min(limit).log(), LOG_SCALE_LIMIT)[0])
         self.shift.copy_(-mean[0] * self.bounded_log_scale().exp())
-        self.initialized.fill_(True)
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()
@@ -91,14 +87,10 @@ class Standardize(DataDependentInit):
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor, context: Context | None = None) -> None:
-        if self.initialized:
-            return
+    def set_from(self, x: Tensor) -> None:
         std, mean = torch.std_mean(x.cpu().double(), dim=0, correction=0)
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 0, std, 1.0))  # a value may be rare in the batch
-        self.initialized.fill_(True)
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         self.require_initialized()

@@ -101,7 +101,7 @@ class Bijection(nn.Module):
 
 
 class DataDependentInit(Bijection):
-    """A layer whose `initialize` sets it from the first batch, and then the buffer `initialized`.
+    """A layer that `set_from` sets from the first batch, which the buffer `initialized` records.
 
     Until then both directions raise `RuntimeError`.
     """
@@ -112,6 +112,16 @@ class DataDependentInit(Bijection):
         super().__init__(*args)
         self.register_buffer("initialized", torch.tensor(False))
         self._known_initialized = False  # spares a device synchronization per call
+
+    def set_from(self, x: Tensor) -> None:
+        """Sets the layer from its input `x` on the first batch, without gradients."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Context | None = None) -> None:
+        if not self.initialized:
+            self.set_from(x)
+            self.initialized.fill_(True)
 
     def require_initialized(self) -> None:
         if not self._known_initialized:

@@ -80,13 +80,10 @@ class LinearChannels(DataDependentInit):
     def set_weight(self, weight: Tensor) -> None:
         raise NotImplementedError
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor, context: Context | None = None) -> None:
-        if not self.initialized:
-            pixels, channels = x[:, 0].numel(), x.shape[1]
-            if pixels > 2 * channels:  # C pixels cannot even vary in C directions
-                self.set_weight(whitening_matrix(x))
-            self.initialized.fill_(True)
+    def set_from(self, x: Tensor) -> None:
+        pixels, channels = x[:, 0].numel(), x.shape[1]
+        if pixels > 2 * channels:  # C pixels cannot even vary in C directions
+            self.set_weight(whitening_matrix(x))
 
     def _log_det(self, x: Tensor) -> Tensor:
         return (self.log_abs_dets([self]) * x[0, 0].numel()).expand(x.shape[0])

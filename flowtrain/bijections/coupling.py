@@ -1,11 +1,9 @@
 """Coupling layers (Dinh et al. 2015, 2017): one part of the input decides how the rest changes."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from flowtrain.bijections.base import Bijection, Direction, Transform, sum_per_example
 from flowtrain.bijections.context import Context, unguided
@@ -13,79 +11,6 @@ from flowtrain.bijections.precision import apply_conditioner, into_conditioner
 
 # A transform, or its inverse: entries and parameters to entries and log-derivatives.
 Elementwise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class AffineTransform(Transform):
-    """`z = (x + shift) * exp(log_scale)` (RealNVP, eq. 4, shifted first).
-
-    `log_scale = limit * tanh(h / limit)`, so neither direction can overflow. The parameters are the
-    shifts, then the h.
-    """
-
-    parameters_per_entry = 2
-
-    def __init__(self, limit: float = 2.0):
-        super().__init__()
-        self.limit = limit
-
-    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        results: tuple[Tensor, Tensor] = _Affine.apply(x, parameters, self.limit)
-        return results
-
-    def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = parameters.chunk(2, dim=1)
-        log_scale = gated_log_scale(log_scale_gate(raw, self.limit), self.limit)
-        return z * (-log_scale).exp() - shift, -log_scale
-
-
-def log_scale_gate(raw: Tensor, limit: float) -> Tensor:
-    """The sigmoid from which `gated_log_scale` computes `limit * tanh(raw / limit)`.
-
-    On a CPU it is six times as fast as tanh.
-    """
-    return torch.sigmoid(raw * (2 / limit))
-
-
-def gated_log_scale(gate: Tensor, limit: float) -> Tensor:
-    """`limit * tanh(raw / limit)` from the gate of `raw`."""
-    return gate * (2 * limit) - limit
-
-
-class _Affine(torch.autograd.Function):
-    """The affine transform, whose gradient takes half the operations and tensors of autograd's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, parameters: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-        shift, raw = parameters.chunk(2, dim=1)
-        gate = log_scale_gate(raw, limit)
-        log_scale = gated_log_scale(gate, limit)
-        scale = log_scale.exp()
-        z = (x + shift).mul_(scale)
-        ctx.save_for_backward(gate, scale, z)
-        return z, log_scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor, grad_log_scale: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, scale, z = ctx.saved_tensors
-        grad_x = grad_z * scale  # also the gradient of the shift
-        # d log_scale / d raw is 4 gate (1 - gate), and d z / d log_scale is z itself.
-        grad_raw = torch.ops.aten.sigmoid_backward(
-            torch.addcmul(grad_log_scale, grad_z, z), gate
-        ).mul_(4)
-        return grad_x, torch.cat([grad_x, grad_raw], dim=1), None
-
-
-class AdditiveTransform(Transform):
-    """`z = x + shift` (NICE, eq. 8): volume preserving."""
-
-    parameters_per_entry = 1
-
-    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return x + parameters, torch.zeros_like(x)
-
-    def inverse(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        return z - parameters, torch.zeros_like(z)
 
 
 class _ConditionedTransform(Bijection):

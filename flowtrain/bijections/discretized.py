@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
+from flowtrain.bijections.affine import gated_log_scale, log_scale_gate
 
 # The log-scales of the components are bounded by limit * tanh(h / limit), relative to the entry's.
 LOG_SCALE_LIMIT = 8.0

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flowtrain.bijections.affine import gated_log_scale, log_scale_gate
 from flowtrain.bijections.base import Transform
-from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 from flowtrain.bijections.monotone import solve_monotone
 
 

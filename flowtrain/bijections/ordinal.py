@@ -118,7 +118,7 @@ class OrdinalAutoregressive(DataDependentInit):
     for any noise: the likelihood of the image is exact.
 
     The distribution is a mixture relative to a linear prediction from earlier entries, in units of
-    the standard deviation of its residual. `initialize` sets both by least squares. The networks
+    the standard deviation of its residual. `set_from` sets both by least squares. The networks
     see the levels, scaled to [-1, 1], the residuals, and the predictions.
 
     `forward` is one pass of the networks. `inverse` computes one entry after the other in full
@@ -175,16 +175,12 @@ class OrdinalAutoregressive(DataDependentInit):
         """The log-scales of the residuals of a token's entries, `(E, 1, 1)`."""
         return bounded(self.log_scale, LOG_SCALE_LIMIT)
 
-    def initialize(self, x: Tensor, context: Context | None = None) -> None:
-        if self.initialized:
-            return
+    def set_from(self, x: Tensor) -> None:
         levels = self._tokens(self._levels_of(x[: self.initialization_images])[0])
         deviation = self.prediction.fit(self._value(levels))
         half_a_level = 1 / (self.num_bins - 1)  # entries that never vary have a scale, too
-        with torch.no_grad():
-            log_scale = deviation.clamp(min=half_a_level).log()
-            self.log_scale.copy_(unbounded(log_scale, LOG_SCALE_LIMIT)[:, None, None])
-            self.initialized.fill_(True)
+        log_scale = deviation.clamp(min=half_a_level).log()
+        self.log_scale.copy_(unbounded(log_scale, LOG_SCALE_LIMIT)[:, None, None])
 
     def forward(
         self, v: Tensor, context: Context | None = None, noise: Tensor | None = None

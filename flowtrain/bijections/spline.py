@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flowtrain.bijections.affine import gated_log_scale, log_scale_gate
 from flowtrain.bijections.base import Transform, bounded
-from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 
 MIN_SIZE = 1e-3  # of a bin's width and height, as a share of the interval
 MAX_BINS = 256  # these leave three quarters of the interval for the parameters to divide

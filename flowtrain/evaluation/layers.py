@@ -45,7 +45,6 @@ class Watching(LayerByLayer):
     """Calls `around(name, layer, direction, input, context)` for the result of each layer."""
 
     def __init__(self, flow: Flow, around: Around):
-        super().__init__()
         self.names = {layer: name for name, layer in layers_of(flow).items()}
         self.around = around
 

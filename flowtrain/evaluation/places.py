@@ -127,7 +127,8 @@ def by_place(
     if flow.class_prior is not None and labels is not None:
         density = flow.class_prior.log_prob_by_entry(z, labels)
     levels = flow.split_latents(density + flow.dequantizer.of_entry)
-    if levels[0].ndim != 4 or sums.without:
+    # A density without layers, of another library, has a base of its own.
+    if levels[0].ndim != 4 or sums.without or not sums.places:
         return {}, of_noise
     places: dict[Size, Tensor] = {}
     for part in [of_image, *sums.places.values(), *(level.sum(dim=1) for level in levels)]:

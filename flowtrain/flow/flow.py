@@ -370,7 +370,9 @@ class Flow(nn.Module):
         samples the classes in `labels` `(n,)`, or by default all classes in turn. `guidance`,
         `denoise` and `context` as in `decode`.
         """
-        labels = self.classes_in_turn(n) if labels is None else torch.as_tensor(labels)
+        labels = self.classes_in_turn(n) if labels is None else labels
+        if labels is not None:
+            labels = checked_labels(labels, self.classes, n)
         noise = self.draw_latents(n, generator)
         latents = self.latents_of_classes(temperature * noise, labels)
         sides = sides_of(noise, self.sides)

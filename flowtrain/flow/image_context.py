@@ -42,7 +42,7 @@ class ImageContext:
             )
         if self.kind == "downsample" and (height % self.factor or width % self.factor):
             raise UserError(
-                f"model.context_factor: {self.factor} divides not both sides of images of "
+                f"model.context_factor: {self.factor} does not divide both sides of images of "
                 f"{height}x{width} pixels"
             )
 

@@ -48,17 +48,22 @@ def as_tensor(batch: Batch, shape: Shape, num_bins: int | None) -> Tensor:
 
 
 def checked_labels(labels: Labels, classes: int, count: int) -> Tensor:
-    """Labels as a tensor `(count,)`. Raises `ValueError` unless they are in 0..classes-1."""
+    """Labels as int64 `(count,)`. Raises `ValueError` unless they are integers in 0..classes-1.
+
+    Torch takes indices of type bool or uint8 for a mask, so their type changes here.
+    """
     labels = torch.as_tensor(labels)
     if not classes:
         raise ValueError("the model is not class-conditional: it has no labels")
     if labels.shape != (count,):
         raise ValueError(f"expected {count} labels, got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"expected integers as labels, got {labels.dtype}")
     if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"expected classes in 0..{classes - 1}, got {sorted(set(labels.tolist()))}"
         )
-    return labels
+    return labels.long()
 
 
 def _pixels(image: Image.Image, shape: Shape, num_bins: int | None) -> np.ndarray:

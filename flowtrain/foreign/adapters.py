@@ -82,6 +82,11 @@ def _single(forward: Map, inverse: Map) -> dict[str, Any]:
     return {"forward": both, "inverse": back}
 
 
+def _bases(thing: Any) -> set[str]:
+    """The names of the class of an object and of its base classes."""
+    return {base.__name__ for base in type(thing).__mro__}
+
+
 def _modules(
     module: nn.Module, kind: str, containers: set[str], path: str = ""
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -90,27 +95,40 @@ def _modules(
     """
     for name, child in module.named_children():
         here = f"{path}{name}"
-        names = {base.__name__ for base in type(child).__mro__}
+        names = _bases(child)
         if kind in names and not names & containers:
             yield f"{here} {type(child).__name__}".replace(".", "/"), child
         elif kind in names or isinstance(child, nn.ModuleList):
             yield from _modules(child, kind, containers, f"{here}.")
 
 
+def _step(name: str, module: Any, to_latents: str, to_data: str, *more: None) -> Step:
+    """A layer whose directions are methods of these names, called with an input and `more`."""
+    forward, inverse = getattr(module, to_latents), getattr(module, to_data)
+
+    def diverted(call: Call) -> dict[str, Callable[..., Any]]:
+        return {
+            to_latents: lambda x, *args, **kwargs: call("forward", x),
+            to_data: lambda z, *args, **kwargs: call("inverse", z),
+        }
+
+    return Step(name, lambda x: forward(x, *more), lambda z: inverse(z, *more), module, diverted)
+
+
 # --- normflows: `forward` maps latents to data ---------------------------------------------------
 
 
 def _normflows(flow: Any) -> Adapted | None:
-    names = {base.__name__ for base in type(flow).__mro__}
+    names = _bases(flow)
     if "Flow" in names:
-        step = _normflows_step("flow", flow)
+        step = _step("flow", flow, "inverse", "forward")
         return Adapted(**_single(step.forward, step.inverse), base=standard_normal, layers=[step])
     if not names & {"NormalizingFlow", "MultiscaleFlow"}:
         return None
     layers = [
-        _normflows_step(name, module)
+        _step(name, module, "inverse", "forward")
         for name, module in _modules(flow, "Flow", {"GlowBlock", "Composite"})
-        if not {"Split", "Merge"} & {base.__name__ for base in type(module).__mro__}
+        if not {"Split", "Merge"} & _bases(module)
     ][::-1]
     if "NormalizingFlow" in names:
         return Adapted(
@@ -145,21 +163,11 @@ def _normflows(flow: Any) -> Adapted | None:
     )
 
 
-def _normflows_step(name: str, module: Any) -> Step:
-    def diverted(call: Call) -> dict[str, Callable[..., Any]]:
-        return {
-            "inverse": lambda x, *args, **kwargs: call("forward", x),
-            "forward": lambda z, *args, **kwargs: call("inverse", z),
-        }
-
-    return Step(name, module.inverse, module.forward, module, diverted)
-
-
 # --- nflows ---------------------------------------------------------------------------------------
 
 
 def _nflows(flow: Any) -> Adapted | None:
-    names = {base.__name__ for base in type(flow).__mro__}
+    names = _bases(flow)
     transform = flow if "Transform" in names else getattr(flow, "_transform", None)
     if transform is None:
         return None
@@ -167,7 +175,8 @@ def _nflows(flow: Any) -> Adapted | None:
     holder.add_module("transform", transform)
     containers = {"CompositeTransform", "MultiscaleCompositeTransform"}
     layers = [
-        _nflows_step(name, module) for name, module in _modules(holder, "Transform", containers)
+        _step(name, module, "forward", "inverse", None)  # without a context
+        for name, module in _modules(holder, "Transform", containers)
     ]
     both = _single(lambda x: transform(x, None), lambda z: transform.inverse(z, None))
     if transform is flow:
@@ -181,30 +190,19 @@ def _nflows(flow: Any) -> Adapted | None:
     )
 
 
-def _nflows_step(name: str, module: Any) -> Step:
-    def diverted(call: Call) -> dict[str, Callable[..., Any]]:
-        return {
-            "forward": lambda x, *args, **kwargs: call("forward", x),
-            "inverse": lambda z, *args, **kwargs: call("inverse", z),
-        }
-
-    forward, inverse = module.forward, module.inverse
-    return Step(name, lambda x: forward(x, None), lambda z: inverse(z, None), module, diverted)
-
-
 # --- FrEIA: one method, with `rev` for the inverse ------------------------------------------------
 
 
 def _freia(flow: Any) -> Adapted | None:
     containers = {"GraphINN", "SequenceINN"}
-    if not containers & {base.__name__ for base in type(flow).__mro__}:
+    if not containers & _bases(flow):
         return None
     layers = [
         _freia_step(name, module)
         for name, module in _modules(flow, "InvertibleModule", containers)
         if not type(module).__module__.endswith("graph_topology")  # of several tensors
     ]
-    both = _single(lambda x: flow(x), lambda z: flow(z, rev=True))
+    both = _single(flow, lambda z: flow(z, rev=True))
     return Adapted(**both, base=standard_normal, layers=layers)
 
 

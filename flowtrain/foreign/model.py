@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -166,28 +166,24 @@ class ForeignBijection(Container):
         adapted = adapt(source.flow)
         layers = list(self.inner_layers())
         divert = not isinstance(executor, Fused) and bool(layers)
+        given: Any
         with source.called(x.dtype):
+            if direction == "forward":
+                given = x.reshape(len(x), *self.input_shape)
+            else:
+                given = source.parts(x)
             if divert and adapted.layers[0].diverted is None:
-                given = self._given(direction, x)
                 if direction == "inverse":
                     given = given[0] if len(given) == 1 else x
                 result, log_det = executor.chain(layers, direction, given, context)
                 z = [result]
             else:
-                source.running = adapted if divert else None
-                with _diverted(layers, adapted, executor if divert else None):
-                    given = self._given(direction, x)
+                with _diverted(source, layers, adapted, executor) if divert else nullcontext():
                     result, log_det = getattr(adapted, direction)(given)
                 z = list(result) if direction == "forward" else [result]
         if direction == "inverse":
             return z[0].reshape(len(x), *self.shape), _per_example(log_det, x)
         return torch.cat([part.flatten(1) for part in z], dim=1), _per_example(log_det, x)
-
-    def _given(self, direction: Direction, x: Tensor) -> Any:
-        """The input of a direction as the foreign flow takes it."""
-        return (
-            x.reshape(len(x), *self.input_shape) if direction == "forward" else self.source.parts(x)
-        )
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
         return self.source.parts(z)
@@ -195,20 +191,17 @@ class ForeignBijection(Container):
 
 @contextmanager
 def _diverted(
-    layers: Sequence[Bijection], adapted: Adapted, executor: Executor | None
+    source: Source, layers: Sequence[Bijection], adapted: Adapted, executor: Executor
 ) -> Iterator[None]:
     """The modules of the layers call the executor instead of themselves."""
     changed: list[tuple[nn.Module, str, Any]] = []
     absent = object()
-    source = layers[0].source if layers else None
-    assert source is None or isinstance(source, Source)
+    source.running = adapted
     try:
         for layer, step in zip(layers, adapted.layers, strict=True):
-            if executor is None or step.diverted is None or step.module is None:
-                continue
+            assert step.diverted is not None and step.module is not None  # they are modules
 
             def call(direction: Direction, x: Tensor, own: Bijection = layer) -> Any:
-                assert executor is not None
                 return executor.call(own, direction, x, None)
 
             for name, function in step.diverted(call).items():
@@ -221,8 +214,7 @@ def _diverted(
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = before
-        if source is not None:
-            source.running = None
+        source.running = None
 
 
 class LinearDequantizer(Dequantizer):

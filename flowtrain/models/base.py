@@ -6,8 +6,13 @@ from typing import Literal
 from torch import nn
 
 from flowtrain.bijections import Bijection, Coupling, Squeeze, Transform
-from flowtrain.bijections.affine import ExponentialTransform, SigmoidTransform, TanhTransform
-from flowtrain.bijections.coupling import AdditiveTransform, AffineTransform
+from flowtrain.bijections.affine import (
+    AdditiveTransform,
+    AffineTransform,
+    ExponentialTransform,
+    SigmoidTransform,
+    TanhTransform,
+)
 from flowtrain.bijections.mixture import MixtureTransform
 from flowtrain.bijections.spline import SplineTransform
 from flowtrain.errors import UserError

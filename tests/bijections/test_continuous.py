@@ -14,7 +14,6 @@ from flowtrain.bijections import continuous as module
 from flowtrain.bijections.continuous import EVALUATION, EXACT_DIMS, STAGES, Dynamics, random_signs
 from flowtrain.bijections.memory import executor_of
 from flowtrain.errors import UserError
-from flowtrain.models import cnf
 from flowtrain.training import reporting
 
 TIGHT = {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}
@@ -106,16 +105,6 @@ def test_more_evaluations_for_less_error():
         assert not torch.equal(layer.reconstruct(x)[0], layer.inverse(x)[0])
 
 
-def test_concatsquash_by_hand():
-    layer = module.ConcatSquash(2, 3)
-    t, x, tangents = torch.tensor(0.3), torch.randn(5, 2), torch.randn(5, 4, 2)
-    slope, offset = layer.gate
-    gate = torch.sigmoid(0.3 * slope + offset)
-    value, along = layer(t, x, tangents)
-    torch.testing.assert_close(value, (x @ layer.weight.T + layer.bias) * gate + 0.3 * layer.drift)
-    torch.testing.assert_close(along, (tangents @ layer.weight.T) * gate)
-
-
 @pytest.mark.run  # takes long
 def test_stages_are_on_the_way():
     layer = layer_of(3, **TIGHT).double()
@@ -144,19 +133,6 @@ def test_the_trace_is_that_of_the_jacobian():
     signs = random_signs(x)
     expected = torch.einsum("bi,bij,bj->b", signs, jacobians, signs)
     torch.testing.assert_close(dynamics(t, x, signs[:, None])[1], expected)
-
-
-def test_the_estimate_is_unbiased():
-    """The mean over many probes of a point is within a few standard errors of the exact value."""
-    layer = layer_of(20, 16, trace="hutchinson")
-    x = torch.randn(1, 20, generator=seeded())
-    with torch.no_grad():
-        exact = layer(x)[1].item()
-    # Almost the same point many times, each with other signs.
-    near = (x + 1e-6 * torch.randn(4000, 20, generator=seeded(1))).requires_grad_()
-    estimates = layer(near)[1].detach()
-    error = estimates.std().item() / math.sqrt(4000)
-    assert 0 < error < 0.1 and abs(estimates.mean().item() - exact) < 4 * error
 
 
 @pytest.mark.parametrize("trace", ["auto", "exact", "hutchinson"])
@@ -266,16 +242,10 @@ def test_the_adjoint_has_the_same_gradients(direction, trace):
 # --- the model ------------------------------------------------------------------------------------
 
 
-def test_size_by_hand_and_wrong_tolerances():
-    sizes = [(12, 7), (7, 7), (7, 12)]
-    block = 2 * 12 + sum(a * b + b + 3 * b for a, b in sizes)
-    model = cnf.build((3, 2, 2), blocks=2, width=7, hidden_layers=2)
-    assert sum(p.numel() for p in model.parameters()) == 2 * block
-    assert [type(m).__name__ for m in model.layers] == ["Flatten", *["ActNorm", "Continuous"] * 2]
-
-    for option, value in (("rtol", 0), ("atol", 1)):
-        with pytest.raises(UserError, match=rf"model.{option}\b.*{value}"):
-            a_config({"name": "cnf", option: value})
+@pytest.mark.parametrize("option, value", [("rtol", 0), ("atol", 1)])
+def test_wrong_tolerances(option, value):
+    with pytest.raises(UserError, match=rf"model.{option}\b.*{value}"):
+        a_config({"name": "cnf", option: value})
 
 
 # --- the commands ---------------------------------------------------------------------------------

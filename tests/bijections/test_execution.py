@@ -5,9 +5,11 @@ import torch
 from helpers import perturb, ready, seeded, tiny_flow
 
 from flowtrain import bijections as b
+from flowtrain.bijections.context import Guided, unguided
 from flowtrain.bijections.execution import FUSED, LayerByLayer, call
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.bijections.inverses import MatchingInverse, WithProgress
+from flowtrain.bijections.memory import executor_of
 from flowtrain.nets.convolution import GlowNet
 from flowtrain.nets.masked import MaskedDenseNet
 
@@ -90,6 +92,13 @@ def test_a_container_is_as_sequential_as_its_parts():
     ):
         assert chain.inverse_is_sequential == sequential
         assert chain.untraceable_directions() == untraceable
+
+
+def test_training_has_no_guidance():
+    guided = Guided(torch.ones(2, 3), torch.zeros(2, 3), 1.5).to("cpu")
+    assert unguided(None) is None and unguided(guided.given) is guided.given
+    with pytest.raises(TypeError, match="for samples alone"):
+        executor_of("checkpoint").chain([b.Reverse()], "forward", torch.ones(2, 1, 2, 2), guided)
 
 
 def test_a_sequential_inverse_notes_how_far_it_is():

@@ -20,9 +20,6 @@ from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import reconstruction_error
 from flowtrain.pictures import draw
 from flowtrain.pictures.stages import stages_of
-from flowtrain.training.optim import build_optimizers
-from flowtrain.training.state import State
-from flowtrain.training.step import train_step
 
 UNIFORM = math.log(1 / (4 * math.pi))
 
@@ -50,29 +47,13 @@ def at(longitude, latitude):
 # --- the data -------------------------------------------------------------------------------------
 
 
-def build(split="train", **options):
-    return data_set.build("", split, **options)
-
-
-def test_any_number_of_unit_vectors_by_seed():
-    images = build(count=300, test_count=200)
-    assert images.shape == (3, 1, 1) and images.num_bins is images.labels is None
-    assert images.flip is False
-    x = images.read()
-    assert x.dtype == np.float32 and x.shape == (300, 3, 1, 1) and x.flags.c_contiguous
-    assert np.abs(np.linalg.norm(x, axis=1) - 1).max() < 1e-6
-    assert np.array_equal(x, build(count=300).read())
-    test = build("test", count=300, test_count=200).read()
-    assert len(test) == 200 and not np.isin(test, x).any()
-    assert not np.isin(build(seed=1, count=300).read(), x).any()
-
-
 @pytest.mark.parametrize("concentration", [1e-6, 0.5, 1e4])
 def test_von_mises_fisher(concentration):
     """The mean has the length coth k - 1/k. All directions around it are alike."""
     n = 20_000
-    x = build(count=n, components=1, concentration=concentration).read()
+    x = data_set.build("", "train", count=n, components=1, concentration=concentration).read()
     x = x.reshape(-1, 3).astype(np.float64)
+    assert np.abs(np.linalg.norm(x, axis=1) - 1).max() < 1e-6
     (mean,) = data_set.means(0, 1)
     k = concentration
     expected = 1 / math.tanh(k) - 1 / k if k > 1e-3 else k / 3
@@ -87,7 +68,7 @@ def test_von_mises_fisher(concentration):
 
 
 def test_components_have_equal_parts():
-    x = build("test", seed=3, components=4, concentration=500).read().reshape(-1, 3)
+    x = data_set.build("", "test", seed=3, components=4, concentration=500).read().reshape(-1, 3)
     means = data_set.means(3, 4)
     np.testing.assert_allclose(np.linalg.norm(means, axis=1), 1)
     counts = np.bincount((x @ means.T).argmax(axis=1), minlength=4)
@@ -237,23 +218,15 @@ def test_the_density_at_the_poles_is_its_limit():
 
 
 def test_latents_have_two_dimensions():
-    flow = a_flow()
-    assert (flow.dims, flow.latent_dims) == (3, 2)
-    assert flow.draw_latents(5).shape == (5, 2)
-    stages = stages_of(flow.bijection, flow.draw_latents(5, seeded()))
-    assert [tuple(stage.shape) for stage in stages] == [(5, 2)] * 6 + [(5, 3, 1, 1)]
-    torch.testing.assert_close(stages[-1], flow.sample(5, generator=seeded()))
-    with_classes = build_flow(a_config({**SPHERE, "classes": 3}), (3, 1, 1), None)
-    assert with_classes.sample(6).shape == (6, 3, 1, 1)
+    flow = a_flow(classes=3)
+    stages = stages_of(flow.bijection, flow.draw_latents(6, seeded()))
+    assert [tuple(stage.shape) for stage in stages] == [(6, 2)] * 6 + [(6, 3, 1, 1)]
+    assert flow.sample(6).shape == (6, 3, 1, 1)
 
 
-def test_other_data():
-    for shape, levels, message in (
-        ((2, 1, 1), None, "is for points of the unit sphere, 3x1x1; got 2x1x1"),
-        ((3, 1, 1), 256, "is for real-valued data, these have 256 levels"),
-    ):
-        with pytest.raises(UserError, match=f"model.name: sphere {message}"):
-            build_flow(a_config(SPHERE), shape, levels)
+def test_integers_are_no_points():
+    with pytest.raises(UserError, match="model.name: sphere is for real-valued data, these have"):
+        build_flow(a_config(SPHERE), (3, 1, 1), 256)
 
 
 @pytest.mark.run
@@ -268,55 +241,20 @@ def test_a_wrong_volume_is_found(monkeypatch):
     assert found == {("log-det", "layers.0"), ("log-det", ""), ("integral", "")}
 
 
-GOLDEN = [2.234153, 2.015444, 1.837157, 1.710903, 1.628584]
-
-
-def five_steps():
-    """The losses of five steps, in nats, on fixed points, weights and rates."""
-    config = a_config(SPHERE, train={"batch_size": 8, "lr": 0.01}, seed=1)
-    flow = build_flow(config, (3, 1, 1), None)
-    with torch.no_grad():
-        for i, parameter in enumerate(flow.parameters()):
-            sines = torch.sin(torch.arange(parameter.numel()) + i)
-            parameter += 0.1 * sines.reshape(parameter.shape)
-    x = at(torch.linspace(-3, 3, 8), torch.linspace(0.2, 1.2, 8))
-    state = State(config, flow, build_optimizers(flow, config.train), None, {})
-    losses = []
-    for _ in range(5):
-        losses.append(train_step(state, x)[0].item())
-        [optimizer.step() for optimizer in state.optimizers]
-        state.progress.step += 1
-    return losses
-
-
-@pytest.mark.run
-def test_golden_losses():
-    assert five_steps() == pytest.approx(GOLDEN, abs=1e-4)
-
-
 # --- the commands ---------------------------------------------------------------------------------
 
 
 @pytest.mark.run
 def test_commands(tmp_path):
     run = sets(data__name="sphere", data__count=600, data__test_count=300, model__name="sphere")
-    run += sets(model__layers=1, model__width=16, train__num_steps=60, train__batch_size=128)
-    run += sets(train__lr=5e-3, train__log_every=20, train__validate_every=60)
-    run += sets(train__checkpoint_every=60, train__sample_every=60)
-    assert "parameters: " in quick("train", *run, "--dry-run", cwd=tmp_path).ok().out
-    done = quick("train", *run, "--run-dir", "r", cwd=tmp_path).ok()
-    assert "540 images to train on, 60 to validate, 3x1x1, real values" in done.out
+    run += sets(model__layers=1, train__num_steps=2, train__sample_every=2)
+    quick("train", *run, "--run-dir", "r", cwd=tmp_path).ok()
     (picture,) = (tmp_path / "r" / "samples").iterdir()
     assert Image.open(picture).size[0] > 600
     result = json.loads(quick("evaluate", "r", "--json", "-", cwd=tmp_path).ok().out)
-    assert result["bits_per_dim"] is None and result["nats_per_image"] < -UNIFORM - 0.2
-    assert result["max_reconstruction_error"] < 1e-5 and result["non_finite_images"] == 0
+    assert result["bits_per_dim"] is None and abs(result["nats_per_image"] + UNIFORM) < 1
     quick("sample", "r", "--num-images", 50, "--out", "s.npz", cwd=tmp_path).ok()
     drawn = np.load(tmp_path / "s.npz")["images"]
     assert drawn.shape == (50, 1, 1, 3) and np.abs(np.linalg.norm(drawn, axis=-1) - 1).max() < 1e-5
     quick("interpolate", "r", "--out", "i.png", cwd=tmp_path).ok()
     assert min(Image.open(tmp_path / "i.png").size) > 500
-
-
-if __name__ == "__main__":
-    print(f"GOLDEN = {[round(loss, 6) for loss in five_steps()]}")

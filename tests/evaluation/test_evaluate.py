@@ -203,19 +203,16 @@ def rows_of(scores, flow):
     return list(csv.DictReader(io.StringIO(scores_csv(scores, flow).decode())))
 
 
-def test_scores_as_csv(tmp_path, flow):
-    _, scores = evaluated(tmp_path, flow)
+@pytest.mark.parametrize("count", [30, 8])
+def test_scores_as_csv(tmp_path, flow, count):
+    """In order of the split, also of a sample."""
+    _, scores = evaluated(tmp_path, flow, num_images=count)
     rows = rows_of(scores, flow)
     assert list(rows[0]) == ["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"]
     index, bits, log_prob, base, log_det = np.array([[*row.values()] for row in rows], float).T
-    assert index.tolist() == list(range(30)) and log_prob.tolist() == scores.log_prob.tolist()
+    places = sampled(30, count, 0).tolist()
+    assert index.tolist() == places and (places == [*range(count)]) == (count == 30)
+    assert log_prob.tolist() == scores.log_prob.tolist()
     assert base.tolist() == scores.base.tolist()
     np.testing.assert_allclose(base + log_det, log_prob, atol=1e-9)
     np.testing.assert_allclose(bits, -log_prob / (16 * math.log(2)))
-
-
-def test_scores_name_the_places_of_sampled_images(tmp_path):
-    _, scores = evaluated(tmp_path, flow := perturb(tiny_flow("glow", (1, 4, 4))), num_images=8)
-    lines = scores_csv(scores, flow).decode().splitlines()[1:]
-    places = [int(line.split(",")[0]) for line in lines]
-    assert places == sampled(30, 8, 0).tolist() != [*range(8)]

@@ -117,3 +117,6 @@ def test_a_gaussian_model_scores_its_density(levels, transform):
     expected = -(density.sum(1) - 12 * math.log(levels)) / (12 * math.log(2))
     found = flow.bits_per_dim(x, seeded(1)).detach()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    z = flow.to_latents(x, noise)[0].detach()
+    base = torch.distributions.Normal(0, 1).log_prob(z).sum(1)
+    torch.testing.assert_close(flow(x, noise).base.detach(), base)

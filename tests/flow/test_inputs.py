@@ -54,5 +54,5 @@ def test_a_flow_takes_arrays_and_lists():
         lambda labels: flow.sample(3, 1.0, seeded(0), labels),
         lambda labels: flow.sample_with_log_prob(3, 1.0, seeded(0), labels)[1],
     ):
-        for given in ([2, 0, 1], labels.numpy()):
+        for given in ([2, 0, 1], labels.numpy(), labels.byte()):  # as many as classes
             assert torch.equal(use(given), use(labels))

@@ -6,8 +6,6 @@ import pytest
 import torch
 from helpers import perturb, seeded, tiny_flow
 
-from flowtrain.errors import UserError
-from flowtrain.models import causal
 from flowtrain.nets.causal_blocks import (
     AttentionBlock,
     ConvolutionBlock,
@@ -134,20 +132,6 @@ def test_the_order_of_blocks(blocks, attention, downsample, order):
     assert sum(len(block.blocks) for block in found if type(block) is CoarseStream) == downsample
     for width, heads in ((32, 1), (64, 2), (100, 2)):  # about 32 channels for each
         assert AttentionBlock(width).heads == heads
-
-
-def test_eight_orders_need_square_images():
-    causal.build((1, 4, 6), 17, orders=4)
-    with pytest.raises(UserError, match="model.orders: 8 has transposed images.*4x6.*at most 4"):
-        causal.build((1, 4, 6), 17, orders=8)
-
-
-def test_without_a_class_it_sees_the_mean_of_all_and_needs_three_rows_to_downsample():
-    net = causal.build((1, 4, 4), 17, classes=4, width=6, blocks=1).conditioner
-    torch.testing.assert_close(net.added(None), net.added(torch.full((1, 4), 0.25)))
-    causal.build((1, 5, 9), 17, token=2, downsample=2)
-    with pytest.raises(UserError, match="model.downsample: 2 needs at least 3 rows of tokens"):
-        causal.build((1, 4, 9), 17, token=2, downsample=2)
 
 
 @pytest.mark.parametrize("tokens_last", [False, True])

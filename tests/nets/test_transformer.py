@@ -1,4 +1,6 @@
-"""Transformers over tokens: who sees whom, classes, heads and positions."""
+"""Transformers over tokens: classes, heads and positions. For the causal one, see also
+`test_token_autoregressive.py`.
+"""
 
 import itertools
 
@@ -22,17 +24,9 @@ def tokens(batch=2):
     return torch.randn(batch, 3, *SIZE, generator=seeded(1), dtype=torch.float64)
 
 
-def who_sees_whom(net):
-    """Whether the parameters of a token depend on another token, `(N, N)`."""
-    jacobian = torch.autograd.functional.jacobian(lambda x: net(x).sum(dim=0), tokens(3))
-    # From (P E, H, W, B, E, H, W).
-    return (jacobian.abs().amax(dim=(0, 3, 4)) > 0).flatten(2).flatten(0, 1)
-
-
-def test_a_token_sees_those_before_it_or_all():
-    seen = who_sees_whom(causal())
-    assert torch.equal(seen, torch.ones(TOKENS, TOKENS).tril(-1).bool())
-    assert who_sees_whom(perturb(VisionTransformer(3, 4, TOKENS, 8, 1)).double()).all()
+def test_the_first_token_sees_all():
+    net, x = perturb(VisionTransformer(3, 4, TOKENS, 8, 1)).double(), tokens().requires_grad_()
+    assert torch.autograd.grad(net(x)[..., 0, 0].sum(), x)[0].all()
 
 
 def test_without_a_class_it_sees_the_mean_of_all():

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from flowtrain.bijections import (
-    ActNorm,
     AdditiveTransform,
-    AffineTransform,
     Bijection,
     CheckerboardCoupling,
     Coupling,
@@ -33,9 +31,8 @@ from flowtrain.bijections import (
     TokenAutoregressive,
     Transform,
 )
-from flowtrain.bijections.affine import UnboundedAffine
+from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.conv1x1 import LinearChannels
-from flowtrain.bijections.coupling import gated_log_scale, log_scale_gate
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.errors import UserError
 from flowtrain.tools.archive.stack import LARGEST_SIZE, Stack, scale, unscale, whole
@@ -168,26 +165,16 @@ def transform_rule(transform: Transform, parameters: Tensor, bits: int) -> Rule:
     )
 
 
-def _affine(shift: Tensor, log_scale: Tensor, bits: int) -> Rule:
+@transform_rule.register
+def _(transform: Affine, parameters: Tensor, bits: int) -> Rule:
     """`(x + shift) exp(log_scale)`, with denominators that are powers of 2."""
+    shift, raw = parameters.chunk(2, dim=1)
+    log_scale = transform.log_scale(raw)
     exponent = (log_scale / math.log(2)).ceil().long()
     places = (SLOPE_BITS - exponent).clamp(0, 22)
     denominator = torch.ones_like(places) << places
     numerator = (log_scale.exp() * denominator).round().long().clamp(min=1)
     return chain([shifted(shift, bits), scaled(numerator, denominator)])
-
-
-@transform_rule.register
-def _(transform: AffineTransform, parameters: Tensor, bits: int) -> Rule:
-    shift, raw = parameters.chunk(2, dim=1)
-    gate = log_scale_gate(raw, transform.limit)
-    return _affine(shift, gated_log_scale(gate, transform.limit), bits)
-
-
-@transform_rule.register
-def _(transform: UnboundedAffine, parameters: Tensor, bits: int) -> Rule:
-    shift, raw = parameters.chunk(2, dim=1)
-    return _affine(shift, transform.log_scale(raw), bits)
 
 
 @transform_rule.register
@@ -263,7 +250,7 @@ def _(layer: LogisticToNormal, bits: int) -> Rule:
 
 
 @rule.register
-def _(layer: DiagonalAffine | ActNorm, bits: int) -> Rule:
+def _(layer: DiagonalAffine, bits: int) -> Rule:
     slope = closest_fractions(layer.bounded_log_scale().exp())
     return chain([scaled(*slope), shifted(layer.shift, bits)])
 

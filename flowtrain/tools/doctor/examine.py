@@ -32,7 +32,7 @@ from flowtrain.tools.doctor.contract import (
 from flowtrain.tools.doctor.draws import ERRORS, adds_noise, check_randomness
 from flowtrain.tools.doctor.findings import EXTREME, IMAGES, NOISE, SAMPLES, Finding, Notes
 from flowtrain.tools.doctor.integral import check_integral
-from flowtrain.tools.doctor.layers import check_layers, check_noise, check_weights, learns_noise
+from flowtrain.tools.doctor.layers import check_layers, check_noise, check_weights
 from flowtrain.tools.doctor.log_dets import check_log_dets
 from flowtrain.tools.doctor.round_trips import check_likelihood, round_trip
 from flowtrain.types import Shape
@@ -101,7 +101,8 @@ def examine_on(
         check_constancy(flow, x, noise, notes)
         check_randomness(flow, x, noise, notes)
     precise = copy.deepcopy(flow).cpu().double()  # on the CPU: some accelerators have no float64
-    passes, of_extremes = (11, 4) if learns_noise(flow) else (8, 3) if of_images else (7, 0)
+    learned = flow.dequantizer.learns_noise
+    passes, of_extremes = (11, 4) if learned else (8, 3) if of_images else (7, 0)
     done, total = 0, passes * -(-len(x) // BATCH_SIZE) + of_extremes + 1
 
     def in_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -122,7 +123,7 @@ def examine_on(
             flow.bijection.run, direction="inverse", x=part.to(flow.device), context=context
         )
         check_layers(flow, run, "inverse pass", SAMPLES, notes)
-    if learns_noise(flow):
+    if learned:
         for kind, images in passed.items():
             for part, u in in_batches(images, noises[kind]):
                 check_noise(flow, part.to(flow.device), u.to(flow.device), kind, notes)

@@ -146,10 +146,6 @@ class LearnedNoise(Bijection):
         return self.dequantizer.noise_of(context, z)
 
 
-def learns_noise(flow: Flow) -> bool:
-    return isinstance(flow.dequantizer, Dequantizer) and flow.dequantizer.learns_noise
-
-
 def check_noise(flow: Flow, images: Tensor, noise: Tensor, inputs: str, notes: Notes) -> None:
     """Checks the learned noise as one layer.
 

@@ -19,7 +19,7 @@ from flowtrain.flow.flow import Flow
 from flowtrain.foreign.model import ForeignLayer, ForeignModel
 from flowtrain.tools.doctor.draws import adds_noise, averaged, beyond
 from flowtrain.tools.doctor.findings import IMAGES, Notes, Verdict, judge
-from flowtrain.tools.doctor.layers import NOISE_MODEL, LearnedNoise, are_finite, learns_noise
+from flowtrain.tools.doctor.layers import NOISE_MODEL, LearnedNoise, are_finite
 
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -51,7 +51,7 @@ def check_log_dets(model: LoadedModel, x: Tensor, noise: Tensor, notes: Notes) -
     layers = _Layers(flow, notes)
     try:
         _latents(precise, x, start.double(), Watching(precise, layers))
-        if learns_noise(flow):
+        if flow.dequantizer.learns_noise:
             layers.where = NOISE_MODEL
             learned = LearnedNoise(precise)
             exact = jacobian_log_det(

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +19,6 @@ from PIL import Image
 
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
-from flowtrain.cli.base import require_folder
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.pictures.grid import to_8bit
@@ -375,9 +373,3 @@ def test_long_names_and_odd_ones_come_back(tmp_path):
     quick("compress", run(), "in", "--out", out, cwd=tmp_path).ok()
     quick("decompress", out, "--out", "out", cwd=tmp_path).ok()
     assert tree(tmp_path / "out" / "in") == tree(tmp_path / "in")
-
-
-def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match="--out x: there is no permission"):
-        require_folder(tmp_path, Path("x"))

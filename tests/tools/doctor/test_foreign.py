@@ -412,7 +412,6 @@ def of_few(nats, scale=1.0):
             *("log-det of the inverse", "it has the sign of the"),
         ),
         (of_points(lambda: flows.Estimated(bias=1.0)), "log-det", ""),
-        (of_points(Centred), "parameters that change", "the first batch sets mean"),
         (
             of_points(lambda: flows.Around(Centred())),
             *("parameters that change", "the first batch sets mean"),
