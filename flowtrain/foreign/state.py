@@ -1,9 +1,9 @@
 """The tensors, modules and functions to which a flow of other code refers."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,13 @@ def modules_in(thing: Any) -> list[nn.Module]:
     modules = [each for each in _found(thing) if isinstance(each, nn.Module)]
     inner = {id(part) for each in modules for part in each.modules() if part is not each}
     return [each for each in modules if id(each) not in inner]
+
+
+def tensors_in(thing: Any) -> list[Tensor]:
+    """The tensors in an object that are no parameters or buffers of modules, nor gradients."""
+    state = [t for each in modules_in(thing) for t in (*each.parameters(), *each.buffers())]
+    known = {id(each) for tensor in state for each in (tensor, tensor.grad)}
+    return [each for each in _found(thing) if isinstance(each, Tensor) and id(each) not in known]
 
 
 def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
@@ -109,6 +116,8 @@ def _walk(thing: Any, fn: Change, seen: Seen, memo: dict[int, Any] | None = None
         inner(function.__kwdefaults__)
         for cell in filter(_is_full, function.__closure__ or ()):
             cell.cell_contents = inner(cell.cell_contents)
+        for name in _global_names(function):
+            function.__globals__[name] = inner(function.__globals__[name])
     elif hasattr(thing, "__dict__"):
         _replace(vars(thing), inner)
     return seen[id(thing)][1]
@@ -121,16 +130,36 @@ def _replace(values: dict[Any, Any], inner: Callable[[Any], Any], but: Sequence[
 
 
 def _function_of_copies(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    """The function with deep copies of its defaults and of the variables in its closure."""
+    """The function with deep copies of its defaults, and of the variables in its closure and in
+    its file.
+    """
     cells = tuple(CellType() for _ in function.__closure__ or ())
     for old, cell in zip(function.__closure__ or (), cells, strict=True):
         if _is_full(old):
             cell.cell_contents = copy.deepcopy(old.cell_contents, memo)
     defaults = copy.deepcopy(function.__defaults__, memo)
-    name = function.__name__
-    new = FunctionType(function.__code__, function.__globals__, name, defaults, cells or None)
+    of_file = dict(function.__globals__)
+    of_file |= {name: copy.deepcopy(of_file[name], memo) for name in _global_names(function)}
+    new = FunctionType(function.__code__, of_file, function.__name__, defaults, cells or None)
     new.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
     return new
+
+
+def _global_names(function: FunctionType) -> list[str]:
+    """The global variables of a function that are tensors, modules, or functions of its file."""
+
+    def names(code: CodeType) -> Iterator[str]:
+        yield from code.co_names
+        for inner in code.co_consts:
+            if isinstance(inner, CodeType):  # of a comprehension, for example
+                yield from names(inner)
+
+    def counts(each: Any) -> bool:
+        own = isinstance(each, FunctionType) and each.__module__ == function.__module__
+        return own or isinstance(each, _STATE)
+
+    found = dict.fromkeys(names(function.__code__))
+    return [name for name in found if counts(function.__globals__.get(name))]
 
 
 def _is_full(cell: CellType) -> bool:

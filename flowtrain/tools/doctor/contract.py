@@ -20,6 +20,7 @@ from flowtrain.errors import RunError, UserError, short
 from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.dequantize import Dequantizer
 from flowtrain.foreign.model import ForeignModel
+from flowtrain.foreign.state import tensors_in
 from flowtrain.system.random import Stream, seeded, uniform
 from flowtrain.tools.doctor.draws import ERRORS, TOGETHER, averaged, beyond
 from flowtrain.tools.doctor.findings import BOUNDS, IMAGES, Notes
@@ -32,7 +33,7 @@ SAME = 1e-9  # largest change that is rounding in float64
 
 def check_constancy(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
     """Checks that an evaluation does not change the parameters, before anything else runs. Buffers
-    may change if latents do not depend on them, such as counters of calls.
+    and other tensors may change if latents do not depend on them, such as counters of calls.
 
     A layer that sets itself from its first batch does so again if it has forgotten that it is set.
     """
@@ -46,8 +47,13 @@ def check_constancy(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) 
         latents(used, TOGETHER)
         after: dict[str, Tensor] = {**dict(used.named_parameters())}
         half = (min(len(x), TOGETHER) + 1) // 2
+        loose = 0  # tensors that are neither parameters nor buffers
         if not all(map(_same, latents(used, half), latents(fresh, half))):
             after |= dict(used.named_buffers())
+            before_it, after_it = (tensors_in(each.source.flow) for each in (flow, used))
+            loose = abs(len(before_it) - len(after_it)) + sum(
+                not _same(*pair) for pair in zip(before_it, after_it, strict=False)
+            )
     except Exception:  # the passes note it
         return
     before = {**dict(flow.named_parameters()), **dict(flow.named_buffers())}
@@ -59,8 +65,9 @@ def check_constancy(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) 
     for module, names in changed.items():
         reason = f"the first batch sets {' and '.join(names)}"
         notes.add("parameters that change", len(names), module, reason=reason)
-    if not changed:
-        notes.add("parameters that change", 0)
+    if loose or not changed:
+        reason = "the first batch sets tensors that are neither parameters nor buffers"
+        notes.add("parameters that change", loose, reason=reason if loose else "")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

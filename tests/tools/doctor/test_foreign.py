@@ -383,6 +383,21 @@ class Centred(flows.Scaled, nn.Module):
         return x + self.mean, log_det
 
 
+class Unregistered(flows.Scaled):
+    """The first batch sets a tensor of an object that is no module."""
+
+    mean = None
+
+    def forward(self, x):
+        if self.mean is None:
+            self.mean = x.mean(0)
+        return super().forward(x - self.mean)
+
+    def inverse(self, z):
+        x, log_det = super().inverse(z)
+        return x + (0 if self.mean is None else self.mean), log_det
+
+
 def of_images(flow, **options):
     return lambda: Foreign(flow, SHAPE, BINS, **options)
 
@@ -417,6 +432,7 @@ def of_few(nats, scale=1.0):
             *("parameters that change", "the first batch sets mean"),
         ),
         (of_points(lambda: flows.Around(Centred(0.0, math.nan))), "parameters", ""),
+        (of_points(Unregistered), "parameters that change", "neither parameters nor buffers"),
         (of_points(Elsewhere), "digits of the result", "in float64, they are torch.float32"),
         (of_images(Likely(200)), "noise below its entropy", "their entropy is 8 bits/dim"),
         (of_images(Likely(450)), "integral", "16 images together have exp("),
@@ -455,15 +471,25 @@ def test_what_is_no_fault():
 
 
 def test_a_check_leaves_the_flow_alone():
-    """Also tensors with a history of gradients, and a module in a closure."""
+    """Also tensors with a history of gradients, and a module in a closure or a global variable."""
     normal, module = flows.trained_normal(), flows.Coupling(flows.batch_norm)
     closure = types.SimpleNamespace(
         forward=lambda x: module(x), inverse=lambda z: module.inverse(z)
     )
-    for flow in (normal, closure):
-        checked(Foreign(flow, (2,)))
+    of_file = {"module": module}
+    exec(
+        "def f(x): return [module(x) for _ in 'a'][0]\ninverse = lambda z: module.inverse(z)",
+        of_file,
+    )
+    of_file["forward"] = eval("lambda x: f(x)", of_file)
+    glob = types.SimpleNamespace(forward=of_file["forward"], inverse=of_file["inverse"])
+    found = [checked(Foreign(flow, (2,))) for flow in (normal, closure, glob)]
+    assert {k: v.verdict for k, v in found[1].items()} == {
+        k: v.verdict for k, v in found[2].items()
+    }
     assert normal.base_dist.scale.grad_fn is not None and module.training
     assert module.net[0].weight.dtype == torch.float32 and module.net[0].weight.requires_grad
+    assert of_file["module"] is module
 
 
 def test_the_figure_that_a_project_prints():
