@@ -119,8 +119,9 @@ def interpolate(
     what = f"--steps {steps}: a picture of {count:,} paths of {steps:,} images needs"
     drawing.require_room(steps * count, flow.shape, steps, what)
     latents = None
-    if from_class is not None and to_class is not None:
+    if from_class is not None or along is not None:
         data.require(flow.shape, flow.num_bins, loaded.checkpoint.path)
+    if from_class is not None and to_class is not None:
         latents = paths.of_classes(flow, data, from_class, to_class, pairs, steps)
     elif along is not None:
         direction = directions.named(loaded, along)
