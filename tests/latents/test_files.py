@@ -183,14 +183,15 @@ def test_attributes_of_folders_tables_and_classes(tmp_path):
     rows = [f"{name},{int(value > middle)},{i % 2}" for i, (name, value) in enumerate(ink.items())]
     (tmp_path / "x" / "t.csv").write_text("\n".join(["file,thick,odd", *rows]))
     for name, value in ink.items():
-        folder = tmp_path / ("thick" if value > middle else "thin")
+        folder = tmp_path / ("v1.5 thick" if value > middle else "thin")
         folder.mkdir(exist_ok=True)
         os.link(tmp_path / "x" / name, folder / name)
     out = run("attributes", "--csv", "x/t.csv", "--orthogonal")
     assert "attributes.npz: thick, odd" in out and "0.5 is chance" in out
-    folders = ["--positive", "thick", "--negative", "thin", "--method", "logistic"]
+    folders = ["--positive", "v1.5 thick", "--negative", "thin", "--method", "logistic"]
     out = run("attributes", *folders, "--name", "heavy")
     assert "attributes.npz: thick, odd, heavy" in out
+    assert "odd, heavy, v1.5 thick" in run("attributes", *folders)
     out = run("attributes", "--to-class", 9, "--from-class", 4)
     line = next(line.split() for line in out.splitlines() if "4-to-9" in line)
     assert float(line[1]) > 0.9 and float(line[4]) > 0.9 and line[-1] == "75"

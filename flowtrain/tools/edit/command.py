@@ -152,7 +152,8 @@ def attributes(
     loaded = options.load_model()
     require_file(directions.file_of(loaded), "attributes")
     if positive and negative:
-        shown = name or positive[0].resolve().stem
+        first = positive[0].resolve()
+        shown = name or (first.name if first.is_dir() else first.stem)
         labelled = labels.from_folders(positive, negative, shown, loaded, num_images, seed)
     elif table is not None:
         labelled = labels.from_table(table, images or table.parent, loaded, num_images, seed)
