@@ -33,6 +33,7 @@ LARGEST_JSON = 2**16  # bytes of a request
 SMALL_FILE = 2**20  # bytes of a file that arrives beside others
 BODY_SECONDS = 30.0  # for a body to arrive
 CONNECTIONS = 64
+WRONG = (UserError, RunError)  # whose message is for the user
 
 STATIC = Path(__file__).with_name("static")
 TYPES = {
@@ -167,9 +168,9 @@ def app(session: Session, worker: Worker, token: str) -> ASGIApp:
         content = Response(file.read_bytes(), media_type=TYPES[file.suffix])
         address = "/" if file.name == "index.html" else f"/{file.name}"
         routes.append(Route(address, content, methods=["GET"]))
-    handled: list[Any] = [HTTPException, Refused, TimeoutError, ClientDisconnect, MemoryError]
+    handled: list[Any] = [HTTPException, Refused, *WRONG, TimeoutError, ClientDisconnect]
     inner = Starlette(
-        routes=routes, exception_handlers=dict.fromkeys([*handled, Exception], _failed)
+        routes=routes, exception_handlers=dict.fromkeys([*handled, MemoryError, Exception], _failed)
     )
     inner.router.redirect_slashes = False  # an address is right or wrong
     return Guard(inner, token)
@@ -181,6 +182,8 @@ async def _failed(request: Request, error: Exception) -> Response:
         return refusal(error.status_code, error.detail)
     if isinstance(error, Refused):
         return refusal(error.status, str(error))
+    if isinstance(error, WRONG):
+        return refusal(400, short(error))
     if isinstance(error, TimeoutError | ClientDisconnect):
         return refusal(408, "the request did not arrive in time")
     if isinstance(error, MemoryError):

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 from starlette.requests import Request
 
+from flowtrain.datasets.base import OtherSize
 from flowtrain.tools.explore import answers, guard
 from flowtrain.tools.explore import server as serving
 from flowtrain.tools.explore.background import Background
@@ -333,6 +334,7 @@ def test_uploads_are_bounded(running):
 def test_a_failure_shows_no_traceback(running, monkeypatch, caplog):
     for error, status, message in (
         (ZeroDivisionError("secret"), 500, "flowtrain failed (ZeroDivisionError)"),
+        (OtherSize("the image is 9x8"), 400, "the image is 9x8"),  # if data.resize is exact
         (MemoryError(), 507, "there is not enough memory for this"),
     ):
 
