@@ -229,6 +229,16 @@ def test_a_reload_keeps_the_image(page):
     assert page.locator("#way").input_value() == "0.5"
     assert page.locator("#path .end-source").get_attribute("src") == start
     page.wait_for_selector("body[data-facts]")
+    page.evaluate(  # as a model of this name would have left it that had three levels
+        """() => {
+          const kept = JSON.parse(sessionStorage.getItem("kept"));
+          kept.place.from_other.push(true);
+          sessionStorage.setItem("kept", JSON.stringify(kept));
+        }"""
+    )
+    page.reload()
+    playwright.expect(page.locator("#shown")).to_have_attribute("alt", "Sample 0 of seed 0")
+    page.wait_for_selector("body[data-facts]")
 
 
 def test_the_ends_of_the_sliders(page):

@@ -90,10 +90,10 @@ function move() {
   moves.push(asked());
 }
 
-/** Opens the image from before a reload, with its edits. */
+/** Opens the image from before a reload, with its edits, unless the model has other levels now. */
 function restore() {
   const kept = JSON.parse(sessionStorage.getItem("kept"));
-  if (kept?.model !== about.model) return;
+  if (kept?.model !== about.model || kept.place.from_other.length !== about.levels.length) return;
   for (const [to, from] of [[place, kept.place], [urls, kept.urls], [words, kept.words]]) Object.assign(to, from);
   for (const end of ["source", "other"]) showEnd(end);
   reflect();
