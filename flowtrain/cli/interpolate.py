@@ -131,10 +131,13 @@ def interpolate(
         else:
             x = paths.random_images(loaded, data, pairs, seed, "--pairs", pairs)
         latents = paths.along(encode(flow, x), direction, strength, steps)
-    elif files:
-        rows = paths.interpolate(flow, *paths.from_files(files, loaded), steps)
     else:
-        rows = paths.interpolate(flow, *paths.from_test_images(loaded, data, pairs, seed), steps)
+        if files:
+            x = read_images(files, loaded, "--images")
+        else:
+            x = paths.random_images(loaded, data, 2 * pairs, seed, "--pairs", pairs)
+        first, second = x.chunk(2)
+        rows = paths.interpolate(flow, first, second, steps)
     if latents is not None:
         with ProgressBar("the test images") as bar:
             lowest = paths.lowest_typical(flow, data.split("test"), bar)

@@ -41,8 +41,6 @@ def test_a_direction_points_to_the_images_that_have_it(method):
     assert found.low == pytest.approx(0, abs=0.1) and found.high == pytest.approx(2, abs=0.1)
     assert found.target(-1) == pytest.approx(found.low, abs=1e-6)
     assert found.target(1) == pytest.approx(found.high, abs=1e-6)
-    z = torch.randn(5, D, generator=seeded(3))
-    torch.testing.assert_close(found.target(found.strength(z)), z @ found.vector)
     expected = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
     assert found.held_out == 2000
     assert found.error == pytest.approx(math.sqrt(expected * (1 - expected) / 2000), rel=0.05)
@@ -51,7 +49,7 @@ def test_a_direction_points_to_the_images_that_have_it(method):
     noise = torch.randn(2, 10, 40, generator=seeded(1)).unbind()
     assert measured("a", *noise, method).accuracy < 0.9
     chance = measured("a", *two_kinds(gap=0.0), method)
-    assert abs(chance.accuracy - directions.CHANCE) < 4 * chance.error
+    assert abs(chance.accuracy - 0.5) < 4 * chance.error
 
 
 def test_kinds_of_other_sizes_have_the_same_weight():
