@@ -44,20 +44,14 @@ TYPES = {
 }
 
 
-class TooLarge(Refused):
-    """More bytes were sent than are read."""
-
-    status = 413
-
-
 async def body_of(
     request: Request, limit: int, turn: Callable[[], Awaitable[None]] | None = None
 ) -> bytes:
     """The body of a request. One larger than `SMALL_FILE` awaits its `turn`.
 
-    Raises `TooLarge` before more than `limit` bytes are read, and `TimeoutError`.
+    Raises `Refused` before more than `limit` bytes are read, and `TimeoutError`.
     """
-    too_large = TooLarge(f"more than {limit:,} bytes are not read")
+    too_large = Refused(f"more than {limit:,} bytes are not read", 413)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limit:
         raise too_large

@@ -6,7 +6,8 @@ import weakref
 
 import pytest
 
-from flowtrain.tools.explore.worker import WAITING, Busy, Ended, Superseded, Worker
+from flowtrain.tools.explore.requests import Refused
+from flowtrain.tools.explore.worker import WAITING, Superseded, Worker
 
 SECONDS = 20  # a test that waits longer has failed
 
@@ -95,7 +96,7 @@ def test_the_urgent_come_first(worker):
 def test_too_many_are_refused_and_the_rest_is_computed(worker):
     gate, _ = busy(worker)
     futures = [worker.submit(lambda check: 1, f"tab{i}", "show", 0) for i in range(WAITING)]
-    with pytest.raises(Busy):
+    with pytest.raises(Refused, match="too many requests wait"):
         worker.submit(lambda check: 1, "one more", "show", 0)
     gate.go.set()
     assert sum(future.result(SECONDS) for future in futures) == WAITING
@@ -192,9 +193,9 @@ def test_ending_drops_requests():
     ender = threading.Thread(target=worker.end)
     ender.start()
     for future in (running, waiting):
-        with pytest.raises(Ended):
+        with pytest.raises(Refused, match="was ended"):
             future.result(SECONDS)
-    with pytest.raises(Ended):
+    with pytest.raises(Refused, match="was ended"):
         worker.submit(lambda check: 1, "tab", "show", 1)
     gate.go.set()
     ender.join(SECONDS)
