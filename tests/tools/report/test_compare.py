@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_helpers import flowtrain, quick, trained
+from cli_helpers import flowtrain, quick
 from PIL import Image
 from run_files import ROWS, TEST, a_run, train_row, validation_row
 
@@ -88,18 +88,6 @@ def test_figures_of_the_mirror_mixture_and_of_several_draws_have_columns(here):
     a, b = json.loads((here / "table.json").read_text())["runs"]
     assert a["mirror"]["loss"] == 3.125 and a["mirror"]["sides"] == 2 and a["test"]["sides"] == 1
     assert a["16 draws"]["loss"] == 3.0 and b["mirror"] is None
-
-
-@pytest.mark.run
-def test_real_runs_compare():
-    runs = trained()
-    rows, notes = compared(runs["glow"], runs["nice"])
-    glow, summary = rows["glow"], json.loads((runs["glow"] / "summary.json").read_text())
-    assert glow["validation"] == summary["best_validation_bits_per_dim"]
-    assert glow["images"] == summary["images"] and glow["images_per_second"] > 0
-    assert (glow["model"], rows["nice"]["model"]) == ("glow", "nice")
-    assert any("nice differs from glow in model.name: nice (glow)" in note for note in notes)
-    assert not (runs["glow"] / "evaluate-test.json").exists(), "it evaluated the test split"
 
 
 def test_unfinished_runs_are_shown(here):
