@@ -242,8 +242,10 @@ def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
     """Adds directions to those that are kept for a model, and returns all by name. A file of other
     weights gets another name. Commands that do so at the same time wait for each other.
     """
-    path = file_of(model)
-    with one_at_a_time(model.checkpoint.path):
+    path, own = file_of(model), model.checkpoint.path
+    if not own.exists():  # FILE.py:NAME, a flow of other code
+        own = own.with_name(own.name.rpartition(":")[0])
+    with one_at_a_time(own):
         before = of_these_weights(model)
         if path.exists() and not before:
             its = "".join(filter(str.isalnum, str(ArrayFile(path).read("model", "U", ()))))

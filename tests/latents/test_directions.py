@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,6 +183,9 @@ def test_attributes_of_other_weights_are_kept_under_another_name(model, tmp_path
     assert {each.name for each in path.parent.iterdir()} == {path.name, "attributes-01234567.npz"}
     one = dataclasses.replace(other, accuracy=0.25)
     assert directions.add(model, [one])["4-to-9"].accuracy == 0.25  # the newer one of a name
+    (tmp_path / "own.py").write_text("")
+    code = dataclasses.replace(model.checkpoint, path=Path("own.py:flow"))  # has no file itself
+    assert "4-to-9" in directions.add(dataclasses.replace(model, checkpoint=code), [one])
 
 
 def test_an_attribute_that_is_not_there(model, tmp_path, monkeypatch):
