@@ -74,7 +74,8 @@ def report(
         data = f"{error}; --set data.KEY=VALUE gives the place of the data"
     with ProgressBar("report") as bar:
         html, missing = reporting.page(loaded, data, num_images=num_images, seed=seed, progress=bar)
-    save(path, html.encode(), named=out is not None)
+    # Names of files may have bytes that are no UTF-8.
+    save(path, html.encode(errors="backslashreplace"), named=out is not None)
     for line in missing:
         console.print(f"not in it: {line}")
     console.print(f"wrote {path}: a report of {loaded.checkpoint.path}")

@@ -238,10 +238,10 @@ def test_without_its_data_a_page_has_the_rest(moved, tmp_path):
     page = Page(tmp_path / "report.html")
     assert "metrics.jsonl: cannot be read" in page.text and "with its raw weights" in page.text
     # Broken files.
-    run = copy_of(moved / "run", tmp_path / "run")
+    run = copy_of(moved / "run", tmp_path / "run\udcff")  # whose name is no UTF-8
     (run / "metrics.jsonl").write_text("")
     (run / "evaluate-test.json").write_text("{")
-    page, _ = page_of("run", cwd=tmp_path)
+    page, _ = page_of(run.name, cwd=tmp_path)
     assert "metrics.jsonl: it has no line yet" in page.text
     assert "evaluate-test.json: broken" in page.text
 
