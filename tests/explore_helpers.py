@@ -50,7 +50,7 @@ def class_session(folder, name="glow"):
     meta = {"config": config.resolved(), "step": 0}
     model = LoadedModel(flow, config, "raw", Checkpoint(folder / "tiny.safetensors", meta, {}))
     vector = torch.nn.functional.normalize(torch.randn(16, generator=seeded(2)), dim=0)
-    thick = Direction("thick", vector, -1.0, 1.0, "difference", 0.9, 0.01, 100)
+    thick = Direction("thick", vector, -1.0, 2.0, "difference", 0.9, 0.01, 100)
     directions.save(directions.file_of(model), [thick], model_hash(model))
     return Session(model, "tiny", lambda: DataSet(config.data), MEMORY)
 

@@ -141,6 +141,7 @@ def with_test(**changes):
         ({"data": {"n_bits": 5}}, "b and a have different data (data.n_bits: 5 (8)): their losses"),
         ({"data": {"validation": 50}}, "b and a hold out different images"),
         ({"data": {"flip": True}}, "b differs from a in data.flip: True (None)"),
+        ({"model": "nice"}, "b differs from a in model.name: nice (glow)"),
         ({"train": {"lr": 0.5}}, "b differs from a in train.lr: 0.5 (0.001)"),
         (with_test(dataset="mnist"), "b: its test figure is of other data than its own (mnist)"),
         (with_test(step=2), "of step 2, its best checkpoint of step 4: flowtrain evaluate b"),
