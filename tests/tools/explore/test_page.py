@@ -347,11 +347,10 @@ def test_an_image_of_the_user(page, tmp_path):
 
 def test_classes(browser, tmp_path):
     with page_of(browser, class_session(tmp_path)) as page:
-        page.wait_for_selector("body[data-samples]")
-        page.evaluate("delete document.body.dataset.samples")
+        page.wait_for_selector("body[data-facts]")
         page.select_option("#sample-class", "2")
-        page.wait_for_selector("body[data-samples]")
-        assert page.locator("#samples-command code").text_content().endswith("--classes 2")
+        command = page.locator("#samples-command code")
+        playwright.expect(command).to_have_text(re.compile("--classes 2$"))
         settled(page, lambda: open_sample(page))
         assert re.search(r"class \d \(.* likely\)", page.locator("#maps").text_content())
         start = shown(page)

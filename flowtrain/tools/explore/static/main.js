@@ -66,7 +66,6 @@ const moves = new Latest(async (wanted, newest) => {
   shown.alt = described(wanted);
   shown.classList.remove("waiting");
   command($("#image-command"), answer.command);
-  document.body.dataset.shown = JSON.stringify(wanted); // for tests
   $("#caption").textContent = `${shown.alt} · ${Math.round(performance.now() - began)} ms`;
   settled = setTimeout(() => askFacts(wanted), SETTLED);
 });
@@ -236,7 +235,6 @@ const sampling = new Latest(async (wanted, newest) => {
     count = Math.max(1, Math.min(wanted.count - start, Math.round(CHUNK / each)));
   }
   grids.samples.shorten(wanted.count);
-  document.body.dataset.samples = JSON.stringify(wanted); // for tests
   command($("#samples-command"), same);
   if (!place.source) grids.samples.open(0); // so that no panel is empty
 });
