@@ -29,9 +29,9 @@ SAMPLE = {"kind": "sample", "seed": 0, "index": 3, "temperatures": [1.0, 1.0], "
 PLACE = {"source": SAMPLE}
 
 
-def png(size=(8, 8), mode="L", value=9):
+def png(size=(8, 8), mode="L", value=9, kind="PNG"):
     buffer = io.BytesIO()
-    Image.new(mode, size, value).save(buffer, "PNG")
+    Image.new(mode, size, value).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -305,6 +305,7 @@ def test_bad_images_are_refused(running):
         (b"GIF89a", unreadable),
         (png()[:60], unreadable),
         (png()[:-20] + b"\0" * 8, unreadable),
+        (png((90, 90), kind="JPEG")[:-90], unreadable),  # its header is sound
         (b"%!PS-Adobe\n", unknown),  # Pillow would start Ghostscript
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", unknown),
         (bomb(2000, 2000), "too many for --max-memory"),

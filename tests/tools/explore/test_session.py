@@ -1,6 +1,7 @@
 """The responses to the page, as numbers: places, ranks, neighbours, and limits of memory."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from flowtrain.pictures.lossless import complexity
 from flowtrain.pictures.sample import sample
 from flowtrain.tools.explore import answers, requests
 from flowtrain.tools.explore import session as module
+from flowtrain.tools.explore.accounts import Accounts
 from flowtrain.tools.explore.requests import Place, Refused
 from flowtrain.tools.explore.session import KEPT, Session
 
@@ -323,5 +325,8 @@ def test_a_place_that_is_not_finite_is_refused(session, monkeypatch):
         raise FloatingPointError
 
     monkeypatch.setattr(session.flow, "decode", fails)
-    with pytest.raises(Refused, match="not finite"):
+    with pytest.raises(Refused, match="this place is too far out"):
         ask(answers.show, session, place={"source": a_sample(1234)})
+    monkeypatch.setattr(answers, "account", lambda *args: Accounts(math.inf, {}))
+    with pytest.raises(Refused, match="the likelihood of this image is not finite"):
+        ask(answers.facts, session, place={"source": IMAGE})

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 
+from flowtrain.tools.explore import worker as module
 from flowtrain.tools.explore.requests import Refused
 from flowtrain.tools.explore.worker import WAITING, Superseded, Worker
 
@@ -114,7 +115,7 @@ def test_a_request_that_is_cancelled_is_given_up(worker):
     assert last.result(SECONDS) == 2 and stopped
 
 
-def test_results_are_not_kept(worker):
+def test_results_and_old_tabs_are_not_kept(worker, monkeypatch):
     class Answer:
         pass
 
@@ -123,7 +124,9 @@ def test_results_are_not_kept(worker):
         answer = worker.submit(lambda check: Answer(), "tab", "show", turn).result(SECONDS)
         answers.append(weakref.ref(answer))
     del answer
+    monkeypatch.setattr(module, "TABS", 1)
     worker.submit(lambda check: None, "other", "show", 0).result(SECONDS)
+    assert list(worker._newest) == [("other", "show")]
     gc.collect()
     assert [each() for each in answers] == [None] * 3
 
