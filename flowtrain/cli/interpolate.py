@@ -105,7 +105,7 @@ def interpolate(
     from flowtrain.latents import directions, paths
     from flowtrain.latents.encoding import encode, read_images
     from flowtrain.pictures import draw, grid
-    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.console import ProgressBar, console, counted
     from flowtrain.system.files import save
 
     suffix = check_suffix(out, (".png", ".gif"))
@@ -161,7 +161,8 @@ def interpolate(
         content = grid.png(drawing.paths(rows))
     save(path, content, named=out is not None)
     console.print(
-        f"wrote {path}: {len(rows)} paths of {steps} steps through {loaded.checkpoint.path}"
+        f"wrote {path}: {counted(len(rows), 'path')} of {steps} steps through "
+        f"{loaded.checkpoint.path}"
     )
 
 

@@ -194,7 +194,7 @@ def test_attributes_of_folders_tables_and_classes(tmp_path):
     along = ["--along", "heavy", "--strength", 1.5, "--steps", 3, "--out", "i.png"]
     assert "less likely than 99% of the test images" in run("interpolate", *along, "--pairs", 2)
     out = run("interpolate", *along, "--image", f"x/{next(iter(ink))}")
-    assert "wrote i.png: 1 paths of 3 steps" in out
+    assert "wrote i.png: 1 path of 3 steps" in out
     npz(tmp_path / "large.npz", shape=(16, 16, 1))
     words = ["glow_digits", *along, "--image", "x/t.png", "data.name=npz", "data.path=large.npz"]
     quick("interpolate", *words, cwd=tmp_path).failed(2, "data of shape (1, 16, 16)")
