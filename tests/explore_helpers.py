@@ -41,7 +41,7 @@ def a_waiting_session():
     return session, str(data.config.root)
 
 
-def class_session(folder, name="glow", options=()):
+def class_session(folder, name="glow"):
     """A tiny model with three classes and an attribute, whose data are not there."""
     flow = tiny_flow(name, (1, 4, 4), classes=3).eval().requires_grad_(False)
     if name == "glow":
@@ -50,9 +50,9 @@ def class_session(folder, name="glow", options=()):
     meta = {"config": config.resolved(), "step": 0}
     model = LoadedModel(flow, config, "raw", Checkpoint(folder / "tiny.safetensors", meta, {}))
     vector = torch.nn.functional.normalize(torch.randn(16, generator=seeded(2)), dim=0)
-    thick = Direction("thick", vector, -1.0, 1.0, "difference", 0.9, 0.01, 100)
+    thick = Direction("thick", vector, -1.0, 2.0, "difference", 0.9, 0.01, 100)
     directions.save(directions.file_of(model), [thick], model_hash(model))
-    return Session(model, "tiny", lambda: DataSet(config.data), MEMORY, options)
+    return Session(model, "tiny", lambda: DataSet(config.data), MEMORY)
 
 
 class Running:
@@ -72,7 +72,7 @@ class Running:
         self.thread = threading.Thread(target=self.server.run, args=([at],), daemon=True)
         self.thread.start()
 
-    def end(self):
+    def close(self):
         self.server.should_exit = True
         self.thread.join(20)
         self.worker.end()

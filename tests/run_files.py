@@ -35,10 +35,10 @@ TEST |= {"num_images": 180, "split": "test", "dataset": "digits", "weights": "em
 TEST |= {"step": 4, "dims": 64}
 
 
-def a_run(path, rows=ROWS, test=TEST, data=None, train=None, **summary):
+def a_run(path, rows=ROWS, test=TEST, data=None, train=None, model="glow", **summary):
     """A run directory as `train` and `evaluate` write it."""
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text(a_config(data=data, train=train).yaml())
+    (path / "config.yaml").write_text(a_config(model, data, train).yaml())
     (path / "summary.json").write_text(json.dumps({**SUMMARY, **summary}))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if test is not None:

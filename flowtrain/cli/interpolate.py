@@ -105,7 +105,7 @@ def interpolate(
     from flowtrain.latents import directions, paths
     from flowtrain.latents.encoding import encode, read_images
     from flowtrain.pictures import draw, grid
-    from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.console import ProgressBar, console, counted
     from flowtrain.system.files import save
 
     suffix = check_suffix(out, (".png", ".gif"))
@@ -119,8 +119,9 @@ def interpolate(
     what = f"--steps {steps}: a picture of {count:,} paths of {steps:,} images needs"
     drawing.require_room(steps * count, flow.shape, steps, what)
     latents = None
-    if from_class is not None and to_class is not None:
+    if from_class is not None or along is not None:
         data.require(flow.shape, flow.num_bins, loaded.checkpoint.path)
+    if from_class is not None and to_class is not None:
         latents = paths.of_classes(flow, data, from_class, to_class, pairs, steps)
     elif along is not None:
         direction = directions.named(loaded, along)
@@ -130,10 +131,13 @@ def interpolate(
         else:
             x = paths.random_images(loaded, data, pairs, seed, "--pairs", pairs)
         latents = paths.along(encode(flow, x), direction, strength, steps)
-    elif files:
-        rows = paths.interpolate(flow, *paths.from_files(files, loaded), steps)
     else:
-        rows = paths.interpolate(flow, *paths.from_test_images(loaded, data, pairs, seed), steps)
+        if files:
+            x = read_images(files, loaded, "--images")
+        else:
+            x = paths.random_images(loaded, data, 2 * pairs, seed, "--pairs", pairs)
+        first, second = x.chunk(2)
+        rows = paths.interpolate(flow, first, second, steps)
     if latents is not None:
         with ProgressBar("the test images") as bar:
             lowest = paths.lowest_typical(flow, data.split("test"), bar)
@@ -157,7 +161,8 @@ def interpolate(
         content = grid.png(drawing.paths(rows))
     save(path, content, named=out is not None)
     console.print(
-        f"wrote {path}: {len(rows)} paths of {steps} steps through {loaded.checkpoint.path}"
+        f"wrote {path}: {counted(len(rows), 'path')} of {steps} steps through "
+        f"{loaded.checkpoint.path}"
     )
 
 

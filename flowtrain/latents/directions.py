@@ -26,11 +26,14 @@ METHODS: tuple[Method, ...] = ("difference", "logistic")
 FORMAT = 1
 HELD_OUT = 0.25  # of the images with the attribute, and of those without
 FEWEST = 4  # images of each kind, so that one can be held out and a mean taken of the others
-CHANCE = 0.5  # the accuracy of a guess
 # Inverse of scikit-learn's penalty: strong, because latents often have more entries than there are
 # images.
 STRENGTH = 0.1
 LONGEST_NAME = 60  # characters
+NUMBERS = ("low", "high", "accuracy", "error")
+# The arrays of a file beside `vector`, with their kinds of numpy's types.
+FIELDS = {"name": "U", "method": "U", "held_out": "iu", "orthogonal": "b"}
+FIELDS |= dict.fromkeys(NUMBERS, "f")
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,6 @@ class Direction:
     def target(self, strength: float) -> float:
         """The projection `z @ vector` at a strength: `low` at -1, and `high` at 1."""
         return (self.low + self.high) / 2 + strength * (self.high - self.low) / 2
-
-    def strength(self, z: Tensor) -> Tensor:
-        """The strength of the attribute in latents `(N, D)`: `(N,)`. The inverse of `target`."""
-        middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
-        return (z @ self.vector.to(z.device, z.dtype) - middle) / half
 
 
 def divided(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -187,9 +185,8 @@ def file_of(model: LoadedModel) -> Path:
 
 def save(path: Path, directions: Sequence[Direction], hash_of_model: str) -> None:
     """Writes directions into one file, with the model's `model_hash`."""
-    keys = ("name", "low", "high", "method", "accuracy", "error", "held_out", "orthogonal")
     arrays: dict[str, Any] = {
-        key: np.array([getattr(each, key) for each in directions]) for key in keys
+        key: np.array([getattr(each, key) for each in directions]) for key in FIELDS
     }
     arrays |= {"format": np.array(FORMAT), "model": np.array(hash_of_model)}
     arrays["vector"] = torch.stack([each.vector for each in directions]).numpy()
@@ -204,25 +201,22 @@ def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
     """
     file = ArrayFile(path)
     require_format(file, FORMAT, "attributes", model)
-    names = file.read("name", "U", (None,)).tolist()
-    count = len(names)
+    count = len(file.read("name", "U", (None,)))
     vectors = torch.from_numpy(
         file.read("vector", "f", (count, model.flow.latent_dims)).astype(np.float32)
     )
-    numbers = ("low", "high", "accuracy", "error")
-    columns = {key: file.read(key, "f", (count,)).astype(np.float64).tolist() for key in numbers}
-    for key, kind in (("method", "U"), ("held_out", "iu"), ("orthogonal", "b")):
-        columns[key] = file.read(key, kind, (count,)).tolist()
+    columns = {key: file.read(key, kind, (count,)) for key, kind in FIELDS.items()}
+    columns |= {key: columns[key].astype(np.float64) for key in NUMBERS}
     found: dict[str, Direction] = {}
-    for i, name in enumerate(names):
-        check_name(name)
-        values = {key: column[i] for key, column in columns.items()}
-        unit = abs(float(vectors[i].norm()) - 1) < 1e-3
-        if not unit or not np.isfinite([values[key] for key in numbers]).all():
+    for i, vector in enumerate(vectors):
+        values = {key: column[i].item() for key, column in columns.items()}
+        check_name(name := values["name"])
+        unit = abs(float(vector.norm()) - 1) < 1e-3
+        if not unit or not np.isfinite([values[key] for key in NUMBERS]).all():
             raise UserError(f"{path}: {cut(name)}: its numbers are no direction")
         if values["method"] not in METHODS or name in found or values["low"] >= values["high"]:
             raise UserError(f"{path}: {cut(name)}: it is not the description of a direction")
-        found[name] = Direction(name, vectors[i], **values)
+        found[name] = Direction(vector=vector, **values)
     for name, each in found.items():
         if each.orthogonal:
             others = [found[other].vector for other in found if other != name]
@@ -248,8 +242,10 @@ def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
     """Adds directions to those that are kept for a model, and returns all by name. A file of other
     weights gets another name. Commands that do so at the same time wait for each other.
     """
-    path = file_of(model)
-    with one_at_a_time(model.checkpoint.path):
+    path, own = file_of(model), model.checkpoint.path
+    if not own.exists():  # FILE.py:NAME, a flow of other code
+        own = own.with_name(own.name.rpartition(":")[0])
+    with one_at_a_time(own):
         before = of_these_weights(model)
         if path.exists() and not before:
             its = "".join(filter(str.isalnum, str(ArrayFile(path).read("model", "U", ()))))

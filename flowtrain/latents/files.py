@@ -54,7 +54,7 @@ def npz(latents: Latents, model: LoadedModel) -> bytes:
 
 
 def read(path: Path, model: LoadedModel) -> Latents:
-    """The latents in a file, which may come from a stranger.
+    """The latents in a file, which may come from a stranger, without the classes.
 
     Raises `UserError` that names the file if it has another format, is of another model, or has a
     number that is not finite or impossible names of files.
@@ -79,10 +79,7 @@ def read(path: Path, model: LoadedModel) -> Latents:
         check_names(names)
     except ValueError as error:
         raise UserError(f"{path}: names: {error}") from None
-    classes = None
-    if "classes" in file.names:
-        classes = torch.from_numpy(file.read("classes", "iu", (len(names),)).astype(np.int64))
-    return Latents(joined(levels), names, classes)
+    return Latents(joined(levels), names)
 
 
 def images_npz(flow: Flow, x: Tensor, names: Sequence[str]) -> bytes:

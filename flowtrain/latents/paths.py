@@ -1,7 +1,6 @@
 """Paths through the latent space: between images, between classes, and along attributes."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from flowtrain.evaluation.score import score
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.flow import Flow
 from flowtrain.latents.directions import Direction
-from flowtrain.latents.encoding import encode, read_images
+from flowtrain.latents.encoding import encode
 from flowtrain.pictures.sample import decode
 from flowtrain.system import capacity
 from flowtrain.system.console import silent
@@ -195,17 +194,3 @@ def random_images(
         raise UserError(f"{option} {needed}: the test split has only {len(split)} images")
     order = torch.randperm(len(split), generator=generator(seed, Stream.PAIRS))
     return split.take(order[:count].numpy())
-
-
-def from_test_images(
-    model: LoadedModel, data: DataSet, pairs: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Random pairs of different test images, as two tensors `(P, C, H, W)`; see `random_images`."""
-    x = random_images(model, data, 2 * pairs, seed, "--pairs", pairs)
-    return x[:pairs], x[pairs:]
-
-
-def from_files(files: tuple[Path, Path], model: LoadedModel) -> tuple[Tensor, Tensor]:
-    """Two image files as images of the model's shape, `(1, C, H, W)` each. See `read_images`."""
-    first, second = read_images(files, model, "--images")
-    return first[None], second[None]

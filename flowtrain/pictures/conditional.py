@@ -13,7 +13,6 @@ from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 
 CONTEXTS = 8  # test images of which a part is given
-SAMPLES = 8  # for each
 
 
 def of_split(flow: Flow, split: Split, count: int) -> Tensor | None:

@@ -84,10 +84,7 @@ class PointPlots:
         how some layers carry the latents of `seed` to the data, at temperature 1. `columns` is not
         used. Raises `UserError` for points without a picture.
         """
-        flow = self.flow
-        if flow.shape[0] == 3 and not flow.kind.on_surface:
-            raise UserError("there are no pictures of points in space, only .npz files")
-        beside = self._beside()
+        flow, beside = self.flow, self._beside()
         bounds = _bounds(beside)
         z = flow.draw_latents(len(x) // len(temperatures), generator(seed, Stream.LATENTS))
         columns = 2 + len(temperatures)
@@ -107,7 +104,9 @@ class PointPlots:
         return _pixels(figure)
 
     def paths(self, rows: Tensor) -> Tensor:
-        """The paths `(P, S, C, 1, 1)` as lines over the data: uint8 `(3, H', W')`."""
+        """The paths `(P, S, C, 1, 1)` as lines over the data: uint8 `(3, H', W')`. Raises
+        `UserError` as `samples` does.
+        """
         return _lines(rows, self._beside())
 
     def path_frames(self, rows: Tensor) -> list[Tensor]:
@@ -116,6 +115,12 @@ class PointPlots:
         return [_lines(rows[:, : step + 1], beside) for step in range(rows.shape[1])]
 
     def _beside(self) -> Tensor:
+        """Points of the data. Raises `UserError` if they are neither of the plane nor a sphere."""
+        if self.flow.dims != 2 and not self.flow.kind.on_surface:
+            raise UserError(
+                f"there are no pictures of real-valued data of {self.flow.dims} dimensions, only "
+                f".npz files"
+            )
         return self.split().take(slice(0, POINTS))
 
 
@@ -152,11 +157,7 @@ def coordinates(x: Tensor) -> Tensor:
     x = x.flatten(1).cpu().double()
     if x.shape[1] == 3:
         return torch.stack([torch.atan2(x[:, 1], x[:, 0]), x[:, 2]], dim=1)
-    if x.shape[1] == 2:
-        return x
-    raise UserError(
-        f"there are no pictures of real-valued data of {x.shape[1]} dimensions, only .npz files"
-    )
+    return x
 
 
 def mesh(flow: Flow, bounds: Bounds, side: int) -> tuple[Tensor, float]:

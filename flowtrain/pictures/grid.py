@@ -67,7 +67,7 @@ def blocks(images: Tensor, num_bins: int, columns: int, titles: Sequence[str]) -
     for index, (title, pixels) in enumerate(zip(titles, grids, strict=True)):
         left, top = index % beside * width, index // beside * height
         ImageDraw.Draw(picture).text((left, top + LINE // 2), title, "black", font, anchor="lm")
-        picture.paste(_picture(pixels), (left, top + LINE))
+        picture.paste(picture_of(pixels.numpy()), (left, top + LINE))
     return torch.from_numpy(np.array(picture)).movedim(-1, 0)
 
 
@@ -86,14 +86,17 @@ def require_room(images: int, shape: Shape, columns: int, what: str) -> None:
     capacity.require(images * factor**2 * height * width * (channels + 3), what)
 
 
-def _picture(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
+def picture_of(image: np.ndarray) -> Image.Image:
+    """An image `(1, H, W)` in grey or `(3, H, W)` in colour, uint8."""
+    return Image.fromarray(
+        image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    )
 
 
 def png(pixels: Tensor) -> bytes:
     """A `(3, H, W)` uint8 picture as a PNG file."""
     buffer = io.BytesIO()
-    _picture(pixels).save(buffer, "PNG")
+    picture_of(pixels.numpy()).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -112,4 +115,4 @@ def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
 
 def animation(frames: Sequence[Tensor]) -> bytes:
     """`(3, H, W)` uint8 pictures as a GIF file."""
-    return gif([_picture(frame) for frame in frames])
+    return gif([picture_of(frame.numpy()) for frame in frames])

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from flowtrain.pictures.grid import to_8bit
+from flowtrain.pictures.grid import picture_of, to_8bit
 from flowtrain.types import Shape
 
 
@@ -65,13 +65,6 @@ def formats() -> list[str]:
 def coders() -> list[str]:
     """The formats in archives and of `complexity`: PNG, and WebP if this Pillow has it."""
     return [name for name in formats() if FORMATS[name].container is not None]
-
-
-def picture_of(image: np.ndarray) -> Image.Image:
-    """An image `(1, H, W)` in grey or `(3, H, W)` in colour, uint8."""
-    return Image.fromarray(
-        image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
-    )
 
 
 def png_files(
@@ -134,20 +127,18 @@ def file_sizes(images: Tensor, num_bins: int, name: str, slow: bool = False) -> 
     return torch.tensor(lengths)
 
 
-def compressed_bytes(image: Tensor, coder: str) -> int:
-    """Bytes that a coder needs for one image, uint8 `(C, H, W)`, without the container."""
-    return len(encoded(image, coder)) - (FORMATS[coder].container or 0)
-
-
 def complexity(images: np.ndarray) -> np.ndarray:
-    """L(x): bits/dim of the shortest code of all coders, for uint8 images `(N, C, H, W)`: `(N,)`.
+    """L(x): bits/dim of the shortest code of all coders, without its container, for uint8 images
+    `(N, C, H, W)`: `(N,)`.
 
     The values are coded as they are, 0..Q-1, not stretched to 0..255.
     """
     available = coders()
 
     def shortest(image: Tensor) -> int:
-        return min(compressed_bytes(image, coder) for coder in available)
+        return min(
+            len(encoded(image, coder)) - (FORMATS[coder].container or 0) for coder in available
+        )
 
     with ThreadPoolExecutor() as pool:  # Pillow encodes without the GIL
         lengths = np.array(list(pool.map(shortest, torch.tensor(images))))

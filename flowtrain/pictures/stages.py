@@ -77,7 +77,7 @@ def picture(flow: Flow, x: Tensor, seed: int) -> Tensor:
     from zero, the most probable one, to its full size: first the coarsest level, then the next.
     Raises `UserError` if there is too little memory.
     """
-    levels = len(flow.bijection.split_latents(torch.zeros(1, flow.latent_dims)))
+    levels = len(flow.split_latents(torch.zeros(1, flow.latent_dims)))
     per_level = -(-STEPS // levels)
     columns = 1 + levels * per_level
     layers = sum(isinstance(module, Bijection) for module in flow.modules())
@@ -114,7 +114,7 @@ def _scaled(flow: Flow, stage: Tensor) -> Tensor:
 def _from_noise(flow: Flow, x: Tensor, seed: int, per_level: int) -> Tensor:
     """Samples with more and more of their latents: uint8 `(N, columns, C, H, W)` in 0..255."""
     noise = flow.draw_latents(len(x), generator(seed, Stream.LATENTS))
-    parts = [part.flatten(1) for part in flow.bijection.split_latents(noise)]
+    parts = [part.flatten(1) for part in flow.split_latents(noise)]
     time = torch.arange(1 + len(parts) * per_level).to(noise) / per_level  # in levels
     begins = reversed(range(len(parts)))  # the last part, the coarsest, is the first
     grown = [

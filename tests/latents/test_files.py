@@ -8,7 +8,7 @@ import pytest
 import torch
 from catalogue import CAUSAL, sets
 from cli_helpers import quick, tree
-from helpers import a_config, images, tiny_flow
+from helpers import a_config, images, npz, tiny_flow
 from PIL import Image
 
 from flowtrain.checkpoints.load import load_model
@@ -29,16 +29,14 @@ def digits():
 
 
 def test_a_file_of_latents(model, tmp_path):
-    path, split = tmp_path / "z.npz", digits()
-    x = split.take(slice(0, 4))
-    saved = files.Latents(model.flow.encode(x), ["a.png", "b/ö.jpg", "c", "d"], split.labels[:4])
+    path, x = tmp_path / "z.npz", digits().take(slice(0, 4))
+    saved = files.Latents(model.flow.encode(x), ["a.png", "b/ö.jpg", "c", "d"])
     path.write_bytes(files.npz(saved, model))
     with np.load(path) as arrays:
         assert arrays["level1"].shape == (4, 2, 4, 4) and arrays["level2"].shape == (4, 8, 2, 2)
         assert arrays["level1"].dtype == np.float32 and int(arrays["format"]) == files.FORMAT
     found = files.read(path, model)
     assert torch.equal(found.z, saved.z) and found.names == saved.names
-    assert torch.equal(found.classes, saved.classes)
     other = load_model("glow_digits", CPU)
     with torch.no_grad():
         next(other.flow.parameters()).add_(1e-3)
@@ -60,8 +58,6 @@ def test_a_file_of_latents(model, tmp_path):
         ({"level1": np.zeros((2, 2, 4, 4), np.uint8)}, "level1 has the type uint8, expected real"),
         ({"level2": np.full((2, 8, 2, 2), np.nan)}, "level2 of a has a number that is not finite"),
         ({"level2": np.full((2, 8, 2, 2), 1e300)}, "level2 of a has a number that is not finite"),
-        ({"classes": np.array([1.0, 2.0])}, "classes has the type float64, expected whole"),
-        ({"classes": np.array([1])}, r"classes has the shape \(1,\), expected 2"),
     ],
 )
 def test_latents_from_strangers_are_read_with_care(model, tmp_path, change, said):
@@ -183,21 +179,25 @@ def test_attributes_of_folders_tables_and_classes(tmp_path):
     rows = [f"{name},{int(value > middle)},{i % 2}" for i, (name, value) in enumerate(ink.items())]
     (tmp_path / "x" / "t.csv").write_text("\n".join(["file,thick,odd", *rows]))
     for name, value in ink.items():
-        folder = tmp_path / ("thick" if value > middle else "thin")
+        folder = tmp_path / ("v1.5 thick" if value > middle else "thin")
         folder.mkdir(exist_ok=True)
         os.link(tmp_path / "x" / name, folder / name)
     out = run("attributes", "--csv", "x/t.csv", "--orthogonal")
     assert "attributes.npz: thick, odd" in out and "0.5 is chance" in out
-    folders = ["--positive", "thick", "--negative", "thin", "--method", "logistic"]
+    folders = ["--positive", "v1.5 thick", "--negative", "thin", "--method", "logistic"]
     out = run("attributes", *folders, "--name", "heavy")
     assert "attributes.npz: thick, odd, heavy" in out
+    assert "odd, heavy, v1.5 thick" in run("attributes", *folders)
     out = run("attributes", "--to-class", 9, "--from-class", 4)
     line = next(line.split() for line in out.splitlines() if "4-to-9" in line)
     assert float(line[1]) > 0.9 and float(line[4]) > 0.9 and line[-1] == "75"
     along = ["--along", "heavy", "--strength", 1.5, "--steps", 3, "--out", "i.png"]
     assert "less likely than 99% of the test images" in run("interpolate", *along, "--pairs", 2)
     out = run("interpolate", *along, "--image", f"x/{next(iter(ink))}")
-    assert "wrote i.png: 1 paths of 3 steps" in out
+    assert "wrote i.png: 1 path of 3 steps" in out
+    npz(tmp_path / "large.npz", shape=(16, 16, 1))
+    words = ["glow_digits", *along, "--image", "x/t.png", "data.name=npz", "data.path=large.npz"]
+    quick("interpolate", *words, cwd=tmp_path).failed(2, "data of shape (1, 16, 16)")
     # From the first test image of a class, 20 times as large, to another class.
     run("interpolate", "--from-class", 4, "--to-class", 9, "--pairs", 3, "--steps", 5, *along[-2:])
     with Image.open(tmp_path / "i.png") as picture:

@@ -6,10 +6,10 @@ import torch
 from helpers import images
 
 from flowtrain.data.splits import Split
-from flowtrain.latents.nearest import nearest_images
+from flowtrain.latents.nearest import CHUNK, nearest_images
 
 
-@pytest.mark.parametrize("pixels, levels, parts", [(1, 256, 40), (7 * 48, 256, 6), (None, 32, 1)])
+@pytest.mark.parametrize("pixels, levels, parts", [(1, 256, 40), (7 * 48, 256, 6), (CHUNK, 32, 1)])
 def test_nearest_is_that_of_all_distances(pixels, levels, parts):
     split = Split(images(50, (3, 4, 4)).numpy(), np.arange(40, 0, -1), levels)
     calls = []

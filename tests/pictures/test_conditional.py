@@ -3,13 +3,11 @@
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 from helpers import a_config, images, tiny_flow
 from PIL import Image
 
 from flowtrain.data.splits import Split
-from flowtrain.errors import UserError
 from flowtrain.pictures.conditional import of_file, of_split, rows
 from flowtrain.pictures.sample import npz, sample
 
@@ -41,18 +39,6 @@ def test_a_file_is_the_context_or_becomes_an_image_first(tmp_path):
     grey = images(1, (8, 8))
     Image.fromarray(grey[0].numpy()).save(path)
     assert torch.equal(of_file(path, a_model("grey"))[0], grey[None])
-
-
-def test_files_that_are_no_context(tmp_path):
-    model, path = a_model("downsample"), tmp_path / "image.png"
-    path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="image.png cannot be read as an image"):
-        of_file(path, model)
-    with pytest.raises(UserError, match="no.png: there is no such image file"):
-        of_file(tmp_path / "no.png", model)
-    model.flow = tiny_flow("glow", SHAPE)
-    with pytest.raises(UserError, match="--image .*: the model is not given an image"):
-        of_file(path, model)
 
 
 def test_the_contexts_of_a_split_in_turn():

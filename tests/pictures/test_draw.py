@@ -93,11 +93,12 @@ def test_no_line_across_the_picture():
     assert not draw._line(torch.tensor([[9.0, 0], [-9, 0]])).isnan().any()
 
 
-def test_other_dimensions_have_no_picture():
-    with pytest.raises(UserError, match="no pictures of real-valued data of 5 dimensions"):
-        draw.coordinates(torch.zeros(4, 5, 1, 1))
-    with pytest.raises(UserError, match="points in space"):
-        draw.drawing(a_flow((3, 1, 1)), unneeded).samples(torch.zeros(4, 3, 1, 1), 8, 0)
+@pytest.mark.parametrize("dims", [1, 3])  # points in space are not on a sphere
+def test_other_dimensions_have_no_picture(dims):
+    drawing, x = draw.drawing(a_flow((dims, 1, 1)), unneeded), torch.zeros(4, dims, 1, 1)
+    for use in (lambda: drawing.samples(x, 8, 0), lambda: drawing.paths(x[None])):
+        with pytest.raises(UserError, match=f"no pictures of real-valued data of {dims} dim"):
+            use()
 
 
 def test_a_picture_without_room_is_refused(monkeypatch):

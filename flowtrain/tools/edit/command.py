@@ -37,15 +37,11 @@ def add_to(app: typer.Typer) -> None:
 def attributes(
     positive: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--positive", metavar="FOLDER|FILE", help="Images that have the attribute; repeatable."
-        ),
+        typer.Option(metavar="FOLDER|FILE", help="Images that have the attribute; repeatable."),
     ] = None,
     negative: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--negative", metavar="FOLDER|FILE", help="Images that do not have it; repeatable."
-        ),
+        typer.Option(metavar="FOLDER|FILE", help="Images that do not have it; repeatable."),
     ] = None,
     table: Annotated[
         Path | None,
@@ -59,7 +55,6 @@ def attributes(
     images: Annotated[
         Path | None,
         typer.Option(
-            "--images",
             metavar="FOLDER",
             help="The folder of the files in --csv.",
             show_default="that of the table",
@@ -68,16 +63,12 @@ def attributes(
     to_class: Annotated[
         int | None,
         typer.Option(
-            "--to-class",
-            min=0,
-            metavar="B",
-            help="The attribute is to be of this class of a data set.",
+            min=0, metavar="B", help="The attribute is to be of this class of a data set."
         ),
     ] = None,
     from_class: Annotated[
         int | None,
         typer.Option(
-            "--from-class",
             min=0,
             metavar="A",
             help="Images of this class are without the attribute.",
@@ -86,13 +77,11 @@ def attributes(
     ] = None,
     dataset: DatasetOption = None,
     split: Annotated[
-        Split | None,
-        typer.Option("--split", help="Which images of the data set.", show_default="train"),
+        Split | None, typer.Option(help="Which images of the data set.", show_default="train")
     ] = None,
     name: Annotated[
         str | None,
         typer.Option(
-            "--name",
             metavar="NAME",
             help="The name of the attribute.",
             show_default="the folder of --positive, or A-to-B",
@@ -100,9 +89,7 @@ def attributes(
     ] = None,
     method: Annotated[
         Literal["difference", "logistic"],
-        typer.Option(
-            "--method", help="What is kept: the difference of the means, or a logistic regression."
-        ),
+        typer.Option(help="What is kept: the difference of the means, or a logistic regression."),
     ] = "difference",
     orthogonal: Annotated[
         bool,
@@ -115,7 +102,6 @@ def attributes(
     num_images: Annotated[
         int,
         typer.Option(
-            "--num-images",
             min=1,
             metavar="N",
             help="At most N images with the attribute and N without, or N of --csv: a sample.",
@@ -152,7 +138,8 @@ def attributes(
     loaded = options.load_model()
     require_file(directions.file_of(loaded), "attributes")
     if positive and negative:
-        shown = name or positive[0].resolve().stem
+        first = positive[0].resolve()
+        shown = name or (first.name if first.is_dir() else first.stem)
         labelled = labels.from_folders(positive, negative, shown, loaded, num_images, seed)
     elif table is not None:
         labelled = labels.from_table(table, images or table.parent, loaded, num_images, seed)
@@ -186,7 +173,6 @@ def _print(found: "Mapping[Method, list[Direction]]", kept: str) -> None:
     from rich import box
     from rich.table import Table
 
-    from flowtrain.latents.directions import CHANCE
     from flowtrain.system.console import console, figure
 
     table = Table(box=box.SIMPLE)
@@ -196,4 +182,4 @@ def _print(found: "Mapping[Method, list[Direction]]", kept: str) -> None:
         accuracies = (figure(way.accuracy, way.error) for way in each)
         table.add_row(each[0].name, *accuracies, str(each[0].held_out))
     console.print(table)
-    console.print(f"accuracy on held-out images; {CHANCE:g} is chance")
+    console.print("accuracy on held-out images; 0.5 is chance")

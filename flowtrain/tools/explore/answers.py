@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flowtrain.flow.class_prior import ClassPrior
@@ -16,7 +15,6 @@ from flowtrain.latents.files import Latents, npz
 from flowtrain.latents.nearest import CHUNK, nearest_images
 from flowtrain.latents.paths import slerp
 from flowtrain.pictures import grid
-from flowtrain.pictures.lossless import picture_of
 from flowtrain.system.random import Stream, uniform
 from flowtrain.tools.explore import requests
 from flowtrain.tools.explore.accounts import account
@@ -46,10 +44,7 @@ def describe(session: Session) -> Answer:
     return {
         "model": session.word,
         "shape": list(flow.shape),
-        "levels": [
-            {"words": level.words, "entries": level.where.stop - level.where.start}
-            for level in session.levels
-        ],
+        "levels": [{"words": level.words, "entries": level.entries} for level in session.levels],
         "grey": session.q,
         "classes": flow.classes,
         "moves_classes": isinstance(flow.class_prior, ClassPrior),
@@ -210,11 +205,8 @@ def gif(session: Session, request: requests.Animation, check: Check) -> bytes:
     session.require_count(8 * steps)  # frames are enlarged
     a, b = (session.latent_of(each, check)[0] for each in (place.source, place.other))
     x = session.decode(slerp(a, b, torch.linspace(0, 1, steps).to(a)), check)
-    frames = [
-        Image.fromarray(grid.grid(each[None], session.q, 1).movedim(0, -1).contiguous().numpy())
-        for each in x
-    ]
-    return grid.gif(frames + frames[-2:0:-1])
+    frames = [grid.grid(each[None], session.q, 1) for each in x]
+    return grid.animation([*frames, *frames[-2:0:-1]])
 
 
 def sampling(session: Session, drawn: requests.Drawn, count: int) -> str | None:
@@ -236,5 +228,5 @@ def command(session: Session, name: str, *words: str) -> str:
 def url(session: Session, x: Tensor) -> str:
     """An image `(C, H, W)` as a PNG in a data URL."""
     buffer = io.BytesIO()
-    picture_of(grid.to_8bit(x, session.q).numpy()).save(buffer, "PNG", compress_level=1)
+    grid.picture_of(grid.to_8bit(x, session.q).numpy()).save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,5 +1,7 @@
 """`flowtrain explore`."""
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -17,22 +19,18 @@ def add_to(app: typer.Typer) -> None:
 @on_one_process
 def explore(
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, show_default="a free one", help="Port.")
+        int, typer.Option(min=0, max=65535, show_default="a free one", help="Port.")
     ] = 0,
     host: Annotated[
         str,
         typer.Option(
-            "--host",
-            help="Address to listen at. Requests need the printed token, and are plain HTTP.",
+            help="Address to listen at. Requests need the printed token, and are plain HTTP."
         ),
     ] = "127.0.0.1",
-    browser: Annotated[
-        bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")
-    ] = True,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
     max_memory: Annotated[
         int | None,
         typer.Option(
-            "--max-memory",
             metavar="MIB",
             min=1,
             help="MiB that a request may allocate.",
@@ -93,9 +91,6 @@ def explore(
 
 def _has_a_screen() -> bool:
     """Whether a browser opens a window. A browser of text would take the terminal."""
-    import os
-    import sys
-
     return sys.platform != "linux" or any(
         os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
     )

@@ -1,5 +1,6 @@
 """Edits of a latent: temperatures, mixing, principal directions, class priors."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ class Level:
     shape: tuple[int, ...]  # (C, H, W), or (D,) of a latent without levels
 
     @property
+    def entries(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def words(self) -> str:
         return " x ".join(map(str, self.shape))
 
@@ -35,21 +40,15 @@ def levels_of(flow: Flow) -> list[Level]:
     """The levels of a latent, the finest first."""
     levels, start = [], 0
     for part in flow.split_latents(torch.zeros(1, flow.latent_dims)):
-        stop = start + part[0].numel()
-        levels.append(Level(slice(start, stop), tuple(part.shape[1:])))
-        start = stop
+        levels.append(Level(slice(start, start + part.numel()), tuple(part.shape[1:])))
+        start += part.numel()
     return levels
-
-
-def by_level(levels: Sequence[Level], values: Sequence[float]) -> Tensor:
-    """One value for each entry of a latent, `(D,)`, from one for each level."""
-    sizes = torch.tensor([each.where.stop - each.where.start for each in levels])
-    return torch.tensor(values).repeat_interleave(sizes)
 
 
 def mixed(a: Tensor, b: Tensor, levels: Sequence[Level], from_b: Sequence[bool]) -> Tensor:
     """Latents `(B, D)`, with the levels of `b` for which `from_b` is true, the others of `a`."""
-    return torch.where(by_level(levels, list(map(float, from_b))).to(a) > 0, b, a)
+    parts = zip(levels, from_b, strict=True)
+    return torch.cat([(b if take else a)[:, level.where] for level, take in parts], dim=1)
 
 
 def towards_class(prior: ClassPrior, z: Tensor, label: int, share: float) -> Tensor:
@@ -66,8 +65,8 @@ def along_attribute(z: Tensor, direction: Direction, amount: float) -> Tensor:
 
     From -1 to 1 is the way from images without the attribute to images with it.
     """
-    target = direction.target(float(direction.strength(z)) + amount)
-    return moved(z, direction, torch.tensor([target]))
+    half = (direction.high - direction.low) / 2
+    return moved(z, direction, z @ direction.vector.to(z) + amount * half)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,6 @@ class Stoppable(LayerByLayer):
     """
 
     def __init__(self, check: Callable[[], None], executor: LayerByLayer | None = None):
-        super().__init__()
         self.check = check
         self.executor = executor or WithProgress(lambda share: check())
 

@@ -19,7 +19,9 @@ FARTHEST = 20.0  # of a slider, in standard deviations
 class Refused(Exception):
     """A request that cannot be served. The message is one sentence for the user."""
 
-    status = 400
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status  # of HTTP
 
 
 class _Strict(BaseModel):

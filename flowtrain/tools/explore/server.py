@@ -33,6 +33,7 @@ LARGEST_JSON = 2**16  # bytes of a request
 SMALL_FILE = 2**20  # bytes of a file that arrives beside others
 BODY_SECONDS = 30.0  # for a body to arrive
 CONNECTIONS = 64
+WRONG = (UserError, RunError)  # whose message is for the user
 
 STATIC = Path(__file__).with_name("static")
 TYPES = {
@@ -43,20 +44,14 @@ TYPES = {
 }
 
 
-class TooLarge(Refused):
-    """More bytes were sent than are read."""
-
-    status = 413
-
-
 async def body_of(
     request: Request, limit: int, turn: Callable[[], Awaitable[None]] | None = None
 ) -> bytes:
     """The body of a request. One larger than `SMALL_FILE` awaits its `turn`.
 
-    Raises `TooLarge` before more than `limit` bytes are read, and `TimeoutError`.
+    Raises `Refused` before more than `limit` bytes are read, and `TimeoutError`.
     """
-    too_large = TooLarge(f"more than {limit:,} bytes are not read")
+    too_large = Refused(f"more than {limit:,} bytes are not read", 413)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limit:
         raise too_large
@@ -167,9 +162,9 @@ def app(session: Session, worker: Worker, token: str) -> ASGIApp:
         content = Response(file.read_bytes(), media_type=TYPES[file.suffix])
         address = "/" if file.name == "index.html" else f"/{file.name}"
         routes.append(Route(address, content, methods=["GET"]))
-    handled: list[Any] = [HTTPException, Refused, TimeoutError, ClientDisconnect, MemoryError]
+    handled: list[Any] = [HTTPException, Refused, *WRONG, TimeoutError, ClientDisconnect]
     inner = Starlette(
-        routes=routes, exception_handlers=dict.fromkeys([*handled, Exception], _failed)
+        routes=routes, exception_handlers=dict.fromkeys([*handled, MemoryError, Exception], _failed)
     )
     inner.router.redirect_slashes = False  # an address is right or wrong
     return Guard(inner, token)
@@ -181,6 +176,8 @@ async def _failed(request: Request, error: Exception) -> Response:
         return refusal(error.status_code, error.detail)
     if isinstance(error, Refused):
         return refusal(error.status, str(error))
+    if isinstance(error, WRONG):
+        return refusal(400, short(error))
     if isinstance(error, TimeoutError | ClientDisconnect):
         return refusal(408, "the request did not arrive in time")
     if isinstance(error, MemoryError):

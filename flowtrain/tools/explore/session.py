@@ -27,7 +27,6 @@ from flowtrain.tools.explore.background import Background
 from flowtrain.tools.explore.edits import (
     Stoppable,
     along_attribute,
-    by_level,
     levels_of,
     mixed,
     towards_class,
@@ -224,7 +223,8 @@ class Session:
         if label is not None and label >= flow.classes:
             raise Refused(f"label: {label}, and the model has {flow.classes} classes")
         noise = flow.draw_latents(start + count, generator(parameters.seed, Stream.LATENTS))
-        noise = noise[start:] * by_level(self.levels, temperatures).to(noise)
+        entries = torch.tensor([level.entries for level in self.levels])
+        noise = noise[start:] * torch.tensor(temperatures).repeat_interleave(entries).to(noise)
         if not flow.classes:
             return noise, None
         labels = torch.arange(start, start + count) % flow.classes

@@ -19,29 +19,16 @@ from flowtrain.tools.explore.requests import Refused
 T = TypeVar("T")
 Check = Callable[[], None]  # raises `Superseded` if a result is no longer wanted
 
+ENDED = "flowtrain explore was ended"
 WAITING = 64  # requests, of all tabs
 TABS = 256  # pairs of tab and topic whose newest turn is kept
 
 
 class Superseded(Refused):
-    """There is a newer request of the same tab and topic."""
-
-    status = 409
-
-
-class Ended(Refused):
-    """The server ends."""
-
-    status = 503
+    """The result is no longer wanted, such as for a newer request of the same tab and topic."""
 
     def __init__(self) -> None:
-        super().__init__("flowtrain explore was ended")
-
-
-class Busy(Refused):
-    """Too many requests wait."""
-
-    status = 503
+        super().__init__("there is a newer request", 409)
 
 
 @dataclass(order=True)
@@ -55,7 +42,7 @@ class _Job:
 
     def check(self) -> None:
         if self.future.done():
-            raise Superseded("the result is no longer wanted")
+            raise Superseded
 
     def compute(self) -> None:
         try:
@@ -108,21 +95,19 @@ class Worker:
 
         Raises:
             Superseded: if a newer request of this tab and topic came first.
-            Busy: if too many wait.
-            Ended: after `stop`.
+            Refused: if too many wait, or after `stop`.
         """
         future: Future[T] = Future()
         with self._changed:
             if self._ended:
-                raise Ended
+                raise Refused(ENDED, 503)
             key = (tab, topic)
             if turn < self._newest.get(key, turn):
-                raise Superseded("there is a newer request")
+                raise Superseded
             outdated = {(tab, each) for each in (topic, *outdates)}
-            newer = Superseded("there is a newer request")
-            self._fail(lambda job: job.key in outdated, newer)
+            self._fail(lambda job: job.key in outdated, Superseded())
             if len(self._jobs) >= WAITING:
-                raise Busy("too many requests wait: try again in a moment")
+                raise Refused("too many requests wait: try again in a moment", 503)
             self._count += 1
             self._newest[key] = turn
             self._newest.move_to_end(key)
@@ -148,7 +133,7 @@ class Worker:
         """Fails all requests, and lets the thread end after its current work."""
         with self._changed:
             self._ended = True
-            self._fail(lambda job: True, Ended())
+            self._fail(lambda job: True, Refused(ENDED, 503))
             self._changed.notify()
 
     def end(self) -> None:
@@ -158,7 +143,7 @@ class Worker:
 
     def _check_idle(self) -> None:
         if self._jobs or self._ended:
-            raise Superseded("a request waits")
+            raise Superseded
 
     def _run(self) -> None:
         while True:

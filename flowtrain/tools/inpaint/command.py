@@ -33,7 +33,6 @@ def inpaint(
     image: Annotated[
         Path,
         typer.Option(
-            "--image",
             metavar="FILE",
             help="The image, of the size of the model's images; or with --factor a small one.",
         ),
@@ -41,7 +40,6 @@ def inpaint(
     out: Annotated[
         Path,
         typer.Option(
-            "--out",
             metavar="FOLDER|FILE.npz",
             help="Where the samples go: PNG files with a grid, the mean and inpaint.json, or one "
             "file of arrays.",
@@ -50,7 +48,6 @@ def inpaint(
     mask: Annotated[
         Path | None,
         typer.Option(
-            "--mask",
             metavar="FILE",
             help="An image of the same size: white where pixels are missing, else black.",
         ),
@@ -58,18 +55,15 @@ def inpaint(
     factor: Annotated[
         int | None,
         typer.Option(
-            "--factor",
-            metavar="F",
-            help="Enlarge the image F times: its pixels are means of FxF pixels.",
+            metavar="F", help="Enlarge the image F times: its pixels are means of FxF pixels."
         ),
     ] = None,
     num_images: Annotated[
-        int, typer.Option("--num-images", min=1, metavar="N", help="Samples, each from a chain.")
+        int, typer.Option(min=1, metavar="N", help="Samples, each from a chain.")
     ] = 8,
     steps: Annotated[
         int,
         typer.Option(
-            "--steps",
             min=8,
             help="Moves of each chain, of about 8 gradients each. Half of them find its start.",
         ),
@@ -105,9 +99,7 @@ def inpaint(
     one_file = out.suffix.lower() == ".npz"
     require_file(out) if one_file else require_folder(out, out)
     loaded = options.load_model()
-    posterior.require_posterior(loaded.flow, label)
-    effort = posterior.Effort(num_images, steps)
-    posterior.require_room(loaded.flow, effort)
+    posterior.require(loaded.flow, num_images, label)
     if mask is not None:
         given = completion.of_mask(image, mask, loaded)
     else:
@@ -116,14 +108,14 @@ def inpaint(
     if not one_file:
         require_absent(completion.names(num_images), out)
     console.print(f"{image}: {given.words}")
-    seconds = posterior.estimated_seconds(loaded.flow, given.constraint, effort, label)
+    seconds = posterior.estimated_seconds(loaded.flow, given.constraint, num_images, steps, label)
     if seconds is not None:
         console.print(
             f"about {duration(seconds)} for {counted(num_images, 'chain')} of {steps} moves; the "
             f"time is proportional to --steps"
         )
     with ProgressBar("sampling") as bar:
-        found = posterior.sample(loaded.flow, given.constraint, effort, seed, label, bar)
+        found = posterior.sample(loaded.flow, given.constraint, num_images, steps, seed, label, bar)
     losses = loaded.flow.loss(log_probs(loaded.flow, found.x)).tolist()  # as `evaluate`
     if one_file:
         save(out, completion.npz(loaded, given, found, losses, seed))

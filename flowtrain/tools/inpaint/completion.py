@@ -108,7 +108,7 @@ def write_folder(
     mean = found.x.float().mean(dim=0).round().to(torch.uint8)
     shown = torch.cat([given.shown[None].to(torch.uint8), found.x, mean[None]])
     *single, of_all, result = names(len(found.x))
-    picture = grid.png(grid.grid(shown, num_bins, min(COLUMNS, len(shown))))
+    picture = grid.png(grid.grid(shown, num_bins, COLUMNS))
     text = json.dumps(about, indent=2, allow_nan=False).encode() + b"\n"
     pictures = png_files(single, shown[1:], num_bins)
     files.write_folder(out, [*pictures, (of_all, picture), (result, text)])

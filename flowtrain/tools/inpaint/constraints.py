@@ -87,10 +87,8 @@ class Averages:
 
         def mean_at(a: Tensor) -> tuple[Tensor, Tensor]:
             q = r + a
-            return (
-                torch.special.ndtr(q).mean(dim=4, keepdim=True),
-                _density(q).mean(dim=4, keepdim=True),
-            )
+            density = (-0.5 * q.square()).exp() / math.sqrt(2 * math.pi)
+            return torch.special.ndtr(q).mean(4, keepdim=True), density.mean(4, keepdim=True)
 
         # The mean lies between the values for the smallest and the largest r alone.
         middle = torch.special.ndtri(mean)
@@ -124,8 +122,3 @@ def _quantile(place: Tensor) -> Tensor:
 
 def _half_square(distances: Tensor) -> Tensor:
     return 0.5 * distances.square().flatten(1).sum(dim=1)
-
-
-def _density(q: Tensor) -> Tensor:
-    """The standard normal density."""
-    return (-0.5 * q.square()).exp() / math.sqrt(2 * math.pi)

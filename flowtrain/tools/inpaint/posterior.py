@@ -54,55 +54,41 @@ QUANTITIES = 100  # unknown entries by which the effective sample size is judged
 class Posterior:
     """Samples and their diagnostics. Without moves, all samples are independent."""
 
-    x: Tensor  # uint8 (B K, C, H, W) on the CPU: K states of each of B chains, chain by chain
+    x: Tensor  # uint8 (B, C, H, W) on the CPU: the last state of each of B chains
     accepted: float | None  # mean acceptance probability of a move
     effective: float | None  # effective sample size of a chain after the warm-up
     moves: int  # of each chain after the warm-up
 
 
-@dataclass(frozen=True)
-class Effort:
-    """The number of chains and of their moves."""
-
-    chains: int  # B
-    moves: int  # of each, with the warm-up
-    # States of each chain that are kept, K, at equal distances in the second half of the moves
-    # after the warm-up. One alone is the last.
-    kept: int = 1
-
-
 def sample(
     flow: Flow,
     constraint: Constraint,
-    effort: Effort,
+    chains: int,
+    moves: int,
     seed: int,
     label: int | None = None,
     progress: Callable[[float, float], None] = silent,
 ) -> Posterior:
-    """Images that agree with a constraint. `label` is the class of a class-conditional model.
-
-    Raises `UserError` for a model without such a posterior (`require_posterior`), for a label that
-    it does not have, or if memory is short.
+    """Images that agree with a constraint, one from each of B `chains`, as `require` allows them.
+    Each chain takes so many `moves`, at least 4, with the warm-up. `label` is the class of a
+    class-conditional model.
     """
-    require_posterior(flow, label)
-    require_room(flow, effort)
-    count = effort.chains
-    labels = None if label is None else torch.full((count,), label, device=flow.device)
+    labels = None if label is None else torch.full((chains,), label, device=flow.device)
     randomness = generator(seed, Stream.POSTERIOR)
-    sampler = _Sampler(flow, constraint, effort, labels, randomness, progress)
+    sampler = _Sampler(flow, constraint, chains, moves, labels, randomness, progress)
     layer = discrete_model(flow.bijection)
     if layer is not None and isinstance(constraint, Pixels):
         return _in_order_and_moved(sampler, layer, constraint)
     density = _density(flow)
     if flow.bijection.inverse_is_sequential:
-        s = torch.randn(count, *flow.shape, generator=randomness).to(flow.device)
+        s = torch.randn(chains, *flow.shape, generator=randomness).to(flow.device)
         return sampler.moved(density, s)
     s = constraint.coordinates(sampler.start_from_latents())
     return sampler.moved(density, s, begun=True)
 
 
 def estimated_seconds(
-    flow: Flow, constraint: Constraint, effort: Effort, label: int | None = None
+    flow: Flow, constraint: Constraint, chains: int, moves: int, label: int | None = None
 ) -> float | None:
     """The time of `sample`, from one measured gradient. None if nothing moves."""
     layer, gradients = discrete_model(flow.bijection), LEAPFROG
@@ -110,25 +96,19 @@ def estimated_seconds(
         if not _early(layer, constraint).any():
             return None
         gradients *= 2  # `_Redraws` takes about as long
-    y = torch.full((effort.chains, *flow.shape), 0.5, device=flow.device)
+    y = torch.full((chains, *flow.shape), 0.5, device=flow.device)
     labels = None if label is None else torch.full((len(y),), label, device=flow.device)
     target = _in_parts(flow, _density(flow), y, labels)
     target(y)  # the first is slower
     started = time.perf_counter()
     float(target(y)[0].sum())  # which waits for the device
-    return effort.moves * gradients * (time.perf_counter() - started)
+    return moves * gradients * (time.perf_counter() - started)
 
 
-def require_room(flow: Flow, effort: Effort) -> None:
-    """Raises `UserError` if the chains do not fit into memory."""
-    count = effort.chains
-    capacity.require(
-        count * (12 * 4 + effort.kept) * flow.dims, f"--num-images {count}: the chains need"
-    )
-
-
-def require_posterior(flow: Flow, label: int | None = None) -> None:
-    """Raises `UserError` if a flow cannot complete images, or not with this class."""
+def require(flow: Flow, chains: int, label: int | None = None) -> None:
+    """Raises `UserError` if a flow cannot complete images, or not with this class, or if so many
+    chains do not fit into memory.
+    """
     flow.kind.require_bins("inpaint: the model is of real-valued data, which have no pixels")
     if flow.kind.no_bits is not None:
         raise UserError(f"inpaint: {flow.kind.no_bits}, so known pixels have no probability")
@@ -142,31 +122,30 @@ def require_posterior(flow: Flow, label: int | None = None) -> None:
             f"inpaint: give the class of the image, --class 0 to {flow.classes - 1}: this model "
             f"gives the probabilities of levels for one class at a time"
         )
+    capacity.require(chains * (12 * 4 + 1) * flow.dims, f"--num-images {chains}: the chains need")
 
 
 # --- the density and its force --------------------------------------------------------------------
 
-# Numbers `(B, ...)` of chains and their labels to the log-density `(B,)`, and to a scalar. The
-# force is the scalar's gradient with respect to the numbers.
-Density = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+# Numbers `(B, ...)` of chains and their labels to the log-density `(B,)`, whose gradient with
+# respect to the numbers is the force.
+Density = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def _in_parts(flow: Flow, density: Density, s: Tensor, labels: Tensor | None) -> Target:
     """Computes a density and its force at as many `s` `(B, ...)` at a time as fit into memory."""
 
-    def measured(part: Tensor) -> object:
-        of_part = None if labels is None else labels[:1].expand(len(part))
-        with torch.enable_grad():
-            return density(part.detach().requires_grad_(), of_part)
-
-    at_a_time = gradient_batch_size(flow, measured, s[:1])
-
     def gradient(part: Tensor, of_part: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             part = part.detach().requires_grad_()
-            log_density, scalar = density(part, of_part)
-            (force,) = torch.autograd.grad(scalar, part)
+            log_density = density(part, of_part)
+            (force,) = torch.autograd.grad(log_density.sum(), part)
         return log_density.detach(), force
+
+    def measured(part: Tensor) -> object:
+        return gradient(part, None if labels is None else labels[:1].expand(len(part)))
+
+    at_a_time = gradient_batch_size(flow, measured, s[:1])
 
     def target(s: Tensor) -> tuple[Tensor, Tensor]:
         of_parts = itertools.repeat(None) if labels is None else labels.split(at_a_time)
@@ -183,23 +162,16 @@ def _density(flow: Flow, counted: Tensor | float = 1.0) -> Density:
     """
     layer = discrete_model(flow.bijection)
     if layer is None:
+        return flow.log_density
 
-        def of_reals(y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-            log_density = flow.log_density(y, labels)
-            return log_density, log_density.sum()
-
-        return of_reals
-
-    def of_levels(y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def of_levels(y: Tensor, labels: Tensor | None) -> Tensor:
         assert flow.num_bins is not None
         scaled = y * flow.num_bins
         whole = scaled.detach().floor().clamp(0, flow.num_bins - 1)
         x = whole + (scaled - scaled.detach())  # the values are whole, the gradient is that of y
-        if x.requires_grad:
-            x.register_hook(lambda slope: slope.nan_to_num(0.0).clamp(-STEEPEST, STEEPEST))
+        x.register_hook(lambda slope: slope.nan_to_num(0.0).clamp(-STEEPEST, STEEPEST))
         terms = layer.log_probs(x, flow.conditioning(len(x), labels))
-        log_prob = (terms * counted).flatten(1).sum(dim=1)
-        return log_prob, log_prob.sum()
+        return (terms * counted).flatten(1).sum(dim=1)
 
     return of_levels
 
@@ -213,7 +185,8 @@ class _Sampler:
 
     flow: Flow
     constraint: Constraint
-    effort: Effort
+    chains: int
+    moves: int
     labels: Tensor | None
     randomness: torch.Generator
     progress: Callable[[float, float], None]
@@ -221,7 +194,7 @@ class _Sampler:
     @property
     def beginning(self) -> int:
         """The moves before the density has the power 1, or as many gradients in latents."""
-        return round(BEGINNING * self.effort.moves)
+        return round(BEGINNING * self.moves)
 
     def start_from_latents(self) -> Tensor:
         """Dequantized images `(B, C, H, W)` that nearly agree with the constraint.
@@ -230,7 +203,7 @@ class _Sampler:
         linear flow these are samples of the posterior ("randomize, then optimize": Bardsley,
         Solonen, Haario & Laine 2014, SIAM J. Sci. Comput. 36).
         """
-        flow, count, steps = self.flow, self.effort.chains, LEAPFROG * self.beginning
+        flow, count, steps = self.flow, self.chains, LEAPFROG * self.beginning
         labels = flow.classes_in_turn(count) if self.labels is None else self.labels
         random = torch.randn(count, flow.latent_dims, generator=self.randomness).to(flow.device)
         n = random.clone().requires_grad_()
@@ -241,9 +214,8 @@ class _Sampler:
             )
             return flow.dequantizer.to_unit(v)
 
-        def closeness(n: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-            close = -self.constraint.miss(images(n, labels))
-            return close, close.sum()
+        def closeness(n: Tensor, labels: Tensor | None) -> Tensor:
+            return -self.constraint.miss(images(n, labels))
 
         target = _in_parts(flow, closeness, n, labels)
         optimizer = torch.optim.Adam([n], lr=RATE)
@@ -252,7 +224,7 @@ class _Sampler:
             _, force = target(n)
             n.grad = n.detach() - random - force / sigma**2
             optimizer.step()
-            self.progress((step + 1) // LEAPFROG, self.effort.moves)
+            self.progress((step + 1) // LEAPFROG, self.moves)
         with torch.no_grad():
             return images(n, labels)
 
@@ -267,23 +239,18 @@ class _Sampler:
         num_bins, constraint = self.flow.num_bins, self.constraint
         assert num_bins is not None
 
-        def of_coordinates(s: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        def of_coordinates(s: Tensor, labels: Tensor | None) -> Tensor:
             y, volume = constraint.images(s)
-            log_density, scalar = density(y, labels)
-            return log_density + volume, scalar + volume.sum()
+            return density(y, labels) + volume
 
         target = _in_parts(self.flow, of_coordinates, s, self.labels)
         chains = Chains(target, s, constraint.moves, LEAPFROG, self.randomness)
-        moves, kept = self.effort.moves, self.effort.kept
         annealed = self.beginning if redraws is None else 0
-        warm_up = annealed + max(1, round(ADAPTED * (moves - annealed)))
+        warm_up = annealed + max(1, round(ADAPTED * (self.moves - annealed)))
         unknown = constraint.unknown.flatten().nonzero().flatten()
         followed = unknown[:: -(-len(unknown) // QUANTITIES)]
-        probabilities, history, images = [], [], []
-        if (moves - warm_up) // 2 < kept:
-            raise ValueError(f"{moves} moves are too few for {kept} states of each chain")
-        keep = {moves - 1 - round(k * (moves - warm_up) / 2 / kept) for k in range(kept)}
-        for move in range(annealed if begun else 0, moves):
+        probabilities, history = [], []
+        for move in range(annealed if begun else 0, self.moves):
             power = min(1.0, ((move + 1) / annealed) ** RISE) if annealed else 1.0
             probability = chains.move(power, adapting=move < warm_up)
             if redraws is not None:
@@ -293,14 +260,12 @@ class _Sampler:
                 y, _ = constraint.images(chains.point.s)
                 x = (y * num_bins).floor().clamp(0, num_bins - 1).to(torch.uint8)
                 history.append(x.flatten(1)[:, followed].float().cpu())
-                if move in keep:
-                    images.append(x.cpu())
-            self.progress(move + 1, moves)
+            self.progress(move + 1, self.moves)
         return Posterior(
-            torch.stack(images, dim=1).flatten(0, 1),
+            x.cpu(),
             float(torch.stack(probabilities).mean()),
             effective_size(torch.stack(history)) / len(s),
-            moves - warm_up,
+            self.moves - warm_up,
         )
 
 
@@ -317,15 +282,11 @@ def _in_order_and_moved(
     sampler: _Sampler, layer: OrdinalAutoregressive, constraint: Pixels
 ) -> Posterior:
     """Draws entries in order, and then moves those before a known one."""
-    flow, effort, labels = sampler.flow, sampler.effort, sampler.labels
-    randomness = sampler.randomness
+    flow, labels, randomness = sampler.flow, sampler.labels, sampler.randomness
     assert flow.num_bins is not None
     known, early = constraint.known, _early(layer, constraint)
-    # If nothing moves, each sample is drawn anew.
-    times = 1 if early.any() else effort.kept
-    of_chain = None if labels is None else labels.repeat_interleave(times)
-    given = constraint.x.expand(effort.chains * times, -1, -1, -1)
-    x = in_order(flow, layer, given, known, of_chain, randomness)
+    given = constraint.x.expand(sampler.chains, -1, -1, -1)
+    x = in_order(flow, layer, given, known, labels, randomness)
     if not early.any():
         sampler.progress(1, 1)
         return Posterior(x.to(torch.uint8).cpu(), None, None, 0)
@@ -336,10 +297,7 @@ def _in_order_and_moved(
     redraws = _Redraws(layer, flow.conditioning(len(x), labels), moving, counted, randomness)
     chains = dataclasses.replace(sampler, constraint=moving)
     found = chains.moved(_density(flow, counted), s, redraws)
-    if bool((known | early).all()):
-        return found
-    of_state = None if labels is None else labels.repeat_interleave(effort.kept)
-    x = in_order(flow, layer, found.x, known | early, of_state, randomness)
+    x = in_order(flow, layer, found.x, known | early, labels, randomness)
     return dataclasses.replace(found, x=x.to(torch.uint8).cpu())
 
 

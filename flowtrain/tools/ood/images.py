@@ -12,8 +12,7 @@ from flowtrain.data.splits import DataSet, SplitName, sampled
 from flowtrain.datasets.base import resize
 from flowtrain.errors import UserError
 from flowtrain.flow.inputs import quantize
-from flowtrain.pictures.grid import to_8bit
-from flowtrain.pictures.lossless import picture_of
+from flowtrain.pictures.grid import picture_of, to_8bit
 from flowtrain.system.random import Stream, generator
 from flowtrain.types import Policy, Shape
 

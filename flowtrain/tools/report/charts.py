@@ -30,7 +30,9 @@ def losses_png(runs: Mapping[str, Sequence[Row]], unit: str) -> bytes:
     figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("seconds", "images"), strict=True):
         handles = _losses(axes, runs, key, unit)
-    legend = figure.legend(handles, list(runs), loc="outside lower center", ncols=min(len(runs), 3))
+    # Names of folders may have bytes that are no UTF-8.
+    names = [name.encode(errors="backslashreplace").decode() for name in runs]
+    legend = figure.legend(handles, names, loc="outside lower center", ncols=min(len(runs), 3))
     legend.set_title("validation bold, training faint")
     for text in legend.get_texts():  # a dollar in a name is no mathematics
         text.set_parse_math(False)

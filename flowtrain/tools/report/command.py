@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from flowtrain.data.splits import DataSet
-    from flowtrain.results import Evaluation
     from flowtrain.tools.report.compare import Result
 
 REPORT_EXAMPLES = "Example: [cyan]flowtrain report runs/glow_digits --out digits.html[/cyan]"
@@ -39,16 +38,13 @@ def add_to(app: typer.Typer) -> None:
 @on_one_process
 def report(
     num_images: Annotated[
-        int,
-        typer.Option(
-            "--num-images", min=1, metavar="N", help="Test images to reconstruct and examine."
-        ),
+        int, typer.Option(min=1, metavar="N", help="Test images to reconstruct and examine.")
     ] = 64,
     seed: SeedOption = 0,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FILE.html", help="The report.", show_default="report.html in the run"
+            metavar="FILE.html", help="The report.", show_default="report.html in the run"
         ),
     ] = None,
     *,
@@ -78,7 +74,8 @@ def report(
         data = f"{error}; --set data.KEY=VALUE gives the place of the data"
     with ProgressBar("report") as bar:
         html, missing = reporting.page(loaded, data, num_images=num_images, seed=seed, progress=bar)
-    save(path, html.encode(), named=out is not None)
+    # Names of files may have bytes that are no UTF-8.
+    save(path, html.encode(errors="backslashreplace"), named=out is not None)
     for line in missing:
         console.print(f"not in it: {line}")
     console.print(f"wrote {path}: a report of {loaded.checkpoint.path}")
@@ -92,9 +89,7 @@ def compare(
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", metavar="FILE.png", help="Bits/dim against time and against images seen."
-        ),
+        typer.Option(metavar="FILE.png", help="Bits/dim against time and against images seen."),
     ] = Path("compare.png"),
     json_out: Annotated[
         str | None,
@@ -143,7 +138,12 @@ def _print_table(results: "list[Result]") -> None:
         "time": [duration(row.seconds) for row in results],
         "validation": [figure(row.validation, None, ".4f", "-") for row in results],
         **{
-            title: [_test(row.tests.get(title)) for row in results]
+            title: [
+                figure(test.loss, test.loss_stderr, ".4f")
+                if (test := row.tests.get(title))
+                else "-"
+                for row in results
+            ]
             for title in comparison.titles(results)
         },
         "unit": [row.unit for row in results],
@@ -173,9 +173,3 @@ def _table(columns: dict[str, list[str]]) -> "Table":
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     return table
-
-
-def _test(test: "Evaluation | None") -> str:
-    from flowtrain.system.console import figure
-
-    return "-" if test is None else figure(test.loss, test.loss_stderr, ".4f")

@@ -169,7 +169,7 @@ def page(
         "quoted": lambda path: shlex.quote(str(path)),
         "duration": duration,
         "grid": lambda x, columns=1: grid.grid(x, _num_bins(flow), columns),
-        "png": _png,
+        "png": lambda pixels: _url("png", grid.png(pixels)),
         "gif": lambda data: _url("gif", data),
     }
     template = environment.from_string(
@@ -239,17 +239,13 @@ def _neighbours(flow: Flow, data: DataSet, seed: int) -> dict[str, Any]:
 
 def by_check(findings: Sequence[Finding]) -> list[list[Finding]]:
     """The findings of each check. Checks and their findings are sorted, the worst first."""
+    ordered = sorted(findings, key=lambda each: VERDICTS.index(each.verdict), reverse=True)
     checks: dict[str, list[Finding]] = {}
-    for finding in findings:
+    for finding in ordered:
         checks.setdefault(finding.check, []).append(finding)
-    ordered = [
-        sorted(found, key=lambda each: (_rank(each), -each.severity)) for found in checks.values()
-    ]
-    return sorted(ordered, key=lambda found: _rank(found[0]))
-
-
-def _rank(finding: Finding) -> int:
-    return -VERDICTS.index(finding.verdict)
+    for found in checks.values():
+        found.sort(key=lambda each: (VERDICTS.index(each.verdict), each.severity), reverse=True)
+    return list(checks.values())
 
 
 def _paths(flow: Flow, split: Split) -> Tensor:
@@ -279,10 +275,6 @@ def _over_training(run: Path) -> bytes:
     return grid.gif([*frames, *frames[-1:] * 4], 300)
 
 
-def _png(pixels: Tensor) -> str:
-    """A `(3, H, W)` uint8 picture as a data URL."""
-    return _url("png", grid.png(pixels))
-
-
 def _url(kind: str, data: bytes) -> str:
+    """A picture file as a data URL."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

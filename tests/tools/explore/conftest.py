@@ -1,5 +1,7 @@
 """The server that the tests of the page and of its requests share."""
 
+import contextlib
+
 import pytest
 from explore_helpers import Running, a_session, until
 
@@ -7,9 +9,7 @@ from explore_helpers import Running, a_session, until
 @pytest.fixture(scope="module")
 def running():
     session = a_session()
-    running = Running(session)
     session.read_data()
-    running.worker.wake()
-    until(lambda: session.data.progress == 1)
-    yield running
-    running.end()
+    with contextlib.closing(Running(session)) as running:
+        until(lambda: session.data.progress == 1)
+        yield running

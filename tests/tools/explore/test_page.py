@@ -1,5 +1,6 @@
 """The page of the explorer in a real Chromium: each control, wide and narrow, and by keyboard."""
 
+import contextlib
 import io
 import re
 import shutil
@@ -23,6 +24,17 @@ def browser():
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@contextlib.contextmanager
+def page_of(browser, session):
+    """The page of another session."""
+    with contextlib.closing(Running(session)) as running:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(running.url)
+        yield page
+        page.close()
 
 
 @pytest.fixture(params=[1200, 400])
@@ -229,6 +241,16 @@ def test_a_reload_keeps_the_image(page):
     assert page.locator("#way").input_value() == "0.5"
     assert page.locator("#path .end-source").get_attribute("src") == start
     page.wait_for_selector("body[data-facts]")
+    page.evaluate(  # as a model of this name would have left it that had three levels
+        """() => {
+          const kept = JSON.parse(sessionStorage.getItem("kept"));
+          kept.place.from_other.push(true);
+          sessionStorage.setItem("kept", JSON.stringify(kept));
+        }"""
+    )
+    page.reload()
+    playwright.expect(page.locator("#shown")).to_have_attribute("alt", "Sample 0 of seed 0")
+    page.wait_for_selector("body[data-facts]")
 
 
 def test_the_ends_of_the_sliders(page):
@@ -242,19 +264,12 @@ def test_the_ends_of_the_sliders(page):
 
 def test_images_that_are_not_here_are_asked_for(browser):
     session, folder = a_waiting_session()
-    running = Running(session)
-    page = browser.new_page()
-    page.set_default_timeout(PATIENCE)
-    try:
-        page.goto(running.url)
+    with page_of(browser, session) as page:
         page.click("#tab-tests")
         playwright.expect(page.locator("#tests .missing")).to_contain_text(folder)
         page.click("#tests .get-data")
         playwright.expect(images(page, "tests")).to_have_count(36)
         playwright.expect(page.locator("#tests .get-data")).to_be_hidden()
-    finally:
-        page.close()
-        running.end()
 
 
 def test_a_path_to_a_second_image(page):
@@ -331,16 +346,11 @@ def test_an_image_of_the_user(page, tmp_path):
 
 
 def test_classes(browser, tmp_path):
-    running = Running(class_session(tmp_path))
-    page = browser.new_page()
-    page.set_default_timeout(PATIENCE)
-    try:
-        page.goto(running.url)
-        page.wait_for_selector("body[data-samples]")
-        page.evaluate("delete document.body.dataset.samples")
+    with page_of(browser, class_session(tmp_path)) as page:
+        page.wait_for_selector("body[data-facts]")
         page.select_option("#sample-class", "2")
-        page.wait_for_selector("body[data-samples]")
-        assert page.locator("#samples-command code").text_content().endswith("--classes 2")
+        command = page.locator("#samples-command code")
+        playwright.expect(command).to_have_text(re.compile("--classes 2$"))
         settled(page, lambda: open_sample(page))
         assert re.search(r"class \d \(.* likely\)", page.locator("#maps").text_content())
         start = shown(page)
@@ -351,6 +361,3 @@ def test_classes(browser, tmp_path):
         # An attribute that `flowtrain attributes` would have found.
         page.click("#tab-directions")
         changed(page, lambda: slide(page.get_by_label("thick"), 2))
-    finally:
-        page.close()
-        running.end()

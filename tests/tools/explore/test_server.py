@@ -10,12 +10,13 @@ import zlib
 
 import numpy as np
 import pytest
-from explore_helpers import TOKEN, Running, a_session, a_waiting_session, until
+from explore_helpers import TAB, TOKEN, Running, a_session, a_waiting_session, until
 from PIL import Image
 from PIL.ExifTags import Base
 from starlette.requests import Request
 
-from flowtrain.tools.explore import answers, guard
+from flowtrain.datasets.base import OtherSize
+from flowtrain.tools.explore import answers, guard, requests
 from flowtrain.tools.explore import server as serving
 from flowtrain.tools.explore.background import Background
 from flowtrain.tools.explore.command import explore
@@ -28,9 +29,9 @@ SAMPLE = {"kind": "sample", "seed": 0, "index": 3, "temperatures": [1.0, 1.0], "
 PLACE = {"source": SAMPLE}
 
 
-def png(size=(8, 8), mode="L", value=9):
+def png(size=(8, 8), mode="L", value=9, kind="PNG"):
     buffer = io.BytesIO()
-    Image.new(mode, size, value).save(buffer, "PNG")
+    Image.new(mode, size, value).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -70,7 +71,8 @@ def test_the_page_and_its_parts(running):
     described = json.loads(body)
     assert status == 200
     assert described["shape"] == [1, 8, 8] and described["grey"] == 17
-    assert [level["entries"] for level in described["levels"]] == [32, 32]
+    levels = [{"words": words, "entries": 32} for words in ("2 x 4 x 4", "8 x 2 x 2")]
+    assert described["levels"] == levels
     assert described["test"] == 180 and described["principal"] == [8, 8]
 
 
@@ -87,20 +89,16 @@ def test_files_are_made(running):
         assert image.size == (32, 32) if topic == "png" else image.n_frames == 6
 
 
-def test_an_image_that_is_dropped_in(running):
-    status, answer = running.post("upload", {}, raw=png((20, 10), "RGB", (255, 255, 255)))
-    assert status == 200
+def test_images_that_are_dropped_in(running):
+    answer = running.post("upload", {}, raw=png((20, 10), "RGB", (255, 255, 255)))[1]
     assert answer["said"] == (
         "20 x 10 pixels, cut to the largest centred part, resized to 8 x 8, turned grey, reduced "
         "to 17 levels"
     )
     source = {"kind": "upload", "id": answer["id"]}
     assert running.ask("show", place={"source": source})["image"] == answer["image"]
-
-
-def test_the_size_of_a_turned_photograph(running):
     buffer, exif = io.BytesIO(), Image.Exif()
-    exif[Base.Orientation] = 6
+    exif[Base.Orientation] = 6  # a turned photograph
     Image.new("L", (20, 10)).save(buffer, "JPEG", exif=exif)
     said = running.post("upload", {}, raw=buffer.getvalue())[1]["said"]
     assert said.startswith("10 x 20 pixels, ")
@@ -108,16 +106,13 @@ def test_the_size_of_a_turned_photograph(running):
 
 def test_nothing_is_downloaded_unasked():
     session, folder = a_waiting_session()
-    running = Running(session)
-    try:
+    with contextlib.closing(Running(session)) as running:
         described = json.loads(running.get("/api/model")[2])
         assert described["waits"] and folder in described["data"]
         status, described = running.post("data", {})
         assert status == 200 and not described["waits"] and described["data"] == READING
         until(lambda: isinstance(session.data, Background))
         assert running.post("data", {})[1]["test"] == 180  # and nothing is read again
-    finally:
-        running.end()
 
 
 def test_a_request_ends_with_the_server(monkeypatch):
@@ -132,7 +127,7 @@ def test_a_request_ends_with_the_server(monkeypatch):
     ask = threading.Thread(target=lambda: answers.append(running.post("show", {"place": PLACE})))
     ask.start()
     assert begun.wait(20)
-    running.end()
+    running.close()
     ask.join()
     assert answers == [(503, {"error": "flowtrain explore was ended"})]
 
@@ -209,8 +204,10 @@ def test_the_command_prints_the_token_and_hands_on_its_options(monkeypatch, caps
     monkeypatch.setattr(serving, "serve", serve)
     explore(model="glow_digits", browser=False, weights="raw", trust_code=True)
     assert f"/?token={tokens[0]}" in capsys.readouterr().out.replace("\n", "")
-    expected = "flowtrain sample glow_digits --weights raw --trust-code"
-    assert answers.command(sessions[0], "sample") == expected
+    body = json.dumps({"tab": TAB, "turn": 0, "place": PLACE}).encode()
+    shown = requests.parsed(requests.Show, body)
+    expected = "flowtrain decode glow_digits latent.npz --out images --weights raw --trust-code"
+    assert answers.show(sessions[0], shown, lambda: None)["command"] == expected
 
 
 def test_no_path_leads_to_a_file(running):
@@ -228,37 +225,41 @@ def test_no_path_leads_to_a_file(running):
             assert running.request(method, path)[0] in (400, 404, 405), (method, path)
 
 
-def requests_of(topic, rest, key, *many):
-    """Requests that differ in some fields of `rest[key]`, or of `rest` itself."""
-    own = rest.get(key, rest)
-    return [(topic, {**rest, key: {**own, **each}} if key else {**own, **each}) for each in many]
-
-
 MOVE = {"level": 0, "component": 0, "amount": 1.0}
 NAN = float("nan")
-PATH = {"place": {**PLACE, "other": SAMPLE}}
 DRAWN = {"seed": 0, "temperatures": [1.0, 1.0], "start": 0, "count": 1}
+EDITS = [
+    *({"way": way, "other": SAMPLE} for way in (NAN, float("inf"), 1.5)),
+    {"other": SAMPLE, "from_other": [True]},
+    {"path": "/etc/passwd"},
+    *({"principal": [{**MOVE, "amount": amount}]} for amount in (1e6, NAN)),
+    *({"principal": [{**MOVE, **place}]} for place in ({"level": 2}, {"component": 8})),
+    {"principal": [MOVE] * 65},
+    {"attributes": [{"name": "../x", "amount": 1.0}]},
+    {"to_class": {"label": 0, "amount": 1.0}},
+]
+SOURCES = [
+    *({**SAMPLE, "seed": seed} for seed in (2**53, 10**4000, 0.5, "0")),
+    *({**SAMPLE, "index": index} for index in (-1, True, 2**21)),
+    *({**SAMPLE, "temperatures": each} for each in ([1e9, 1.0], [-1.0, 1.0])),
+    *({**SAMPLE, "temperatures": [1.0] * count} for count in (0, 3, 10**4)),
+    {**SAMPLE, "label": 0},
+    *({"kind": "upload", "id": name} for name in ("../../../etc/passwd", "0" * 32)),
+    {"kind": "file", "path": "/etc/passwd"},
+    {"kind": "test", "index": 180},
+]
 HOSTILE = [
-    *requests_of(
-        *("show", {"place": PLACE}, "place"),
-        *({"way": NAN}, {"way": float("inf")}, {"way": 1.5, "other": SAMPLE}),
-        *({"other": SAMPLE, "from_other": [True]}, {"path": "/etc/passwd"}),
-        *({"principal": [{**MOVE, "amount": amount}]} for amount in (1e6, NAN)),
-        *({"principal": [{**MOVE, "level": 2}]}, {"principal": [{**MOVE, "component": 8}]}),
-        *({"principal": [MOVE] * 65}, {"attributes": [{"name": "../x", "amount": 1.0}]}),
-        {"to_class": {"label": 0, "amount": 1.0}},
-        *({"source": {**SAMPLE, "seed": seed}} for seed in (2**53, 10**4000, 0.5, "0")),
-        *({"source": {**SAMPLE, "index": index}} for index in (-1, True, 2**21)),
-        *({"source": {**SAMPLE, "temperatures": t}} for t in ([1e9, 1.0], [-1.0, 1.0], [])),
-        *({"source": {**SAMPLE, "temperatures": [1.0] * count}} for count in (3, 10**4)),
-        *({"source": {**SAMPLE, "label": 0}}, {"source": {"kind": "file", "path": "/etc/passwd"}}),
-        *({"source": {"kind": "upload", "id": name}} for name in ("../../../etc/passwd", "0" * 32)),
-        {"source": {"kind": "test", "index": 180}},
+    *(("show", {"place": {**PLACE, **edit}}) for edit in EDITS),
+    *(("show", {"place": {"source": source}}) for source in SOURCES),
+    *(
+        ("samples", {**DRAWN, **each})
+        for each in ({"count": 10**6}, {"start": 10**6}, {"count": 0})
     ),
-    *requests_of("samples", DRAWN, "", {"count": 10**6}, {"start": 10**6}, {"count": 0}),
-    *requests_of("gif", PATH, "", {"steps": 1000}, {"steps": 10**9}, {"place": PLACE, "steps": 4}),
-    *requests_of("show", {"place": PLACE}, "", {"tab": "../../etc"}, {"turn": -1}),
-    *(("show", {}), ("tests", {"start": 0, "count": 10**6})),
+    *(("gif", {"place": {**PLACE, "other": SAMPLE}, "steps": steps}) for steps in (1000, 10**9)),
+    ("gif", {"place": PLACE, "steps": 4}),
+    *(("show", {"place": PLACE, **each}) for each in ({"tab": "../../etc"}, {"turn": -1})),
+    ("show", {}),
+    ("tests", {"start": 0, "count": 10**6}),
     ("neighbours", {"place": PLACE, "by": "__import__"}),
 ]
 NO_REQUESTS = [
@@ -304,6 +305,7 @@ def test_bad_images_are_refused(running):
         (b"GIF89a", unreadable),
         (png()[:60], unreadable),
         (png()[:-20] + b"\0" * 8, unreadable),
+        (png((90, 90), kind="JPEG")[:-90], unreadable),  # its header is sound
         (b"%!PS-Adobe\n", unknown),  # Pillow would start Ghostscript
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", unknown),
         (bomb(2000, 2000), "too many for --max-memory"),
@@ -333,6 +335,7 @@ def test_uploads_are_bounded(running):
 def test_a_failure_shows_no_traceback(running, monkeypatch, caplog):
     for error, status, message in (
         (ZeroDivisionError("secret"), 500, "flowtrain failed (ZeroDivisionError)"),
+        (OtherSize("the image is 9x8"), 400, "the image is 9x8"),  # if data.resize is exact
         (MemoryError(), 507, "there is not enough memory for this"),
     ):
 

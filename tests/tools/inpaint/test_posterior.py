@@ -19,7 +19,7 @@ from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.tools.inpaint import posterior
 from flowtrain.tools.inpaint.constraints import Averages, Pixels
-from flowtrain.tools.inpaint.posterior import Effort, in_order, sample
+from flowtrain.tools.inpaint.posterior import in_order, require, sample
 
 
 class Linear(Bijection):
@@ -63,7 +63,7 @@ def test_missing_entries_of_a_gaussian(sd):
     flow, mean, covariance = gaussian((1, 2, 3), 256, sd)
     x = (256 * (mean + sd * torch.tensor([-1, 0.5, 0, 1, -1, 0])).view(1, 2, 3)).byte()
     known = torch.tensor([[[1, 0, 1], [0, 1, 0]]], dtype=torch.bool)
-    found = sample(flow, Pixels(x, known, 256), Effort(600, 24), seed=0)
+    found = sample(flow, Pixels(x, known, 256), 600, 24, seed=0)
     assert agrees(Pixels(x, known, 256), found.x).all()
     assert 0.5 < found.accepted < 0.99 and found.effective > 2
     a, b = known.flatten(), ~known.flatten()
@@ -80,7 +80,7 @@ def test_the_effective_size_is_of_missing_entries():
     flow, _, _ = gaussian((1, 12, 20), 256, sd=0.06)
     known = torch.ones(1, 12, 20, dtype=torch.bool)
     known[0, 5, 7] = False  # one of so many that not all are followed
-    found = sample(flow, Pixels(images(1, (1, 12, 20))[0], known, 256), Effort(4, 16), seed=0)
+    found = sample(flow, Pixels(images(1, (1, 12, 20))[0], known, 256), 4, 16, seed=0)
     assert found.effective > 1
 
 
@@ -89,7 +89,7 @@ def test_an_image_of_a_gaussian_with_known_averages():
     flow, mean, covariance = gaussian((1, 2, 4), 256, sd=0.06)
     small = torch.tensor([[[120, 135]]])
     constraint = Averages(small, ImageContext("downsample", 2, (1, 2, 4), 256))
-    found = sample(flow, constraint, Effort(600, 24), seed=0)
+    found = sample(flow, constraint, 600, 24, seed=0)
     assert agrees(constraint, found.x).all()
     average = torch.tensor([[1, 1, 0, 0] * 2, [0, 0, 1, 1] * 2]) / 4.0
     gain = covariance @ average.T @ torch.linalg.inv(average @ covariance @ average.T)
@@ -113,7 +113,7 @@ def test_the_posterior_is_of_cells_not_of_their_middles():
     expected = density[2] / density[2].sum()
     at_middle = flow.log_density(torch.stack([torch.full((300,), 2.5 / 3), y], 1).view(-1, 1, 1, 2))
     middles = at_middle.detach().exp().view(3, 100).mean(1)
-    found = sample(flow, Pixels(x, known, 3), Effort(1500, 20), seed=0)
+    found = sample(flow, Pixels(x, known, 3), 1500, 20, seed=0)
     share = torch.bincount(found.x[:, 0, 0, 1], minlength=3) / 1500
     error = (share - expected) / (expected * (1 - expected) / 1500).sqrt()
     assert error.abs().max() < 4
@@ -161,11 +161,11 @@ def test_missing_entries_of_a_causal_model(mask, moves, monkeypatch):
     known = torch.tensor(mask, dtype=torch.bool).view(SQUARE)
     constraint = Pixels(x, known, LEVELS)
     probability = probability * agrees(constraint, EVERYTHING)
-    found = sample(flow, constraint, Effort(800, 6), seed=0)
+    found = sample(flow, constraint, 800, 6, seed=0)
     assert agrees(constraint, found.x).all()
     assert (found.accepted is not None) == moves
     expected = 2 * 6 * posterior.LEAPFROG if moves else None
-    assert posterior.estimated_seconds(flow, constraint, Effort(5, 6)) == expected
+    assert posterior.estimated_seconds(flow, constraint, 5, 6) == expected
     assert distance(found.x, probability) < 1.6
     if moves:
         layer, given = discrete_model(flow.bijection), x.expand(800, -1, -1, -1)
@@ -182,7 +182,7 @@ def test_known_averages_of_a_causal_model():
     constraint = Averages(torch.tensor([[[1]]]), ImageContext("downsample", 2, SQUARE, LEVELS))
     total = EVERYTHING.flatten(1).sum(1)
     probability = probability * ((total == 4) * 4 + (total == 3) * 1 + (total == 5) * 1)
-    found = sample(flow, constraint, Effort(400, 24), seed=0)
+    found = sample(flow, constraint, 400, 24, seed=0)
     assert agrees(constraint, found.x).all()
     assert distance(found.x, probability) < 1.6
 
@@ -221,7 +221,7 @@ def test_the_volume_counts_in_the_posterior():
     """A wide density of patches with a dark mean, against weighted uniform samples of them."""
     flow = Flow(Linear(2 * torch.eye(4), torch.zeros(4), SQUARE), Dequantizer(256), SQUARE)
     constraint = Averages(torch.tensor([[[31]]]), ImageContext("downsample", 2, SQUARE, 256))
-    found = sample(flow, constraint, Effort(600, 40), seed=0)
+    found = sample(flow, constraint, 600, 40, seed=0)
     shares = -torch.rand(20_000, *SQUARE, generator=seeded()).log()
     y = 4 * 31.5 / 256 * shares / shares.sum((1, 2, 3), keepdim=True)
     weights = flow.log_density(y).detach().exp()
@@ -239,23 +239,12 @@ def test_every_model_of_images_has_a_posterior(name):
     options = {"rtol": 1e-4, "atol": 1e-4, "solver": "dopri5"} if name == "cnf" else {}
     flow, x = tiny_flow(name, (1, 4, 4), 17, **options).eval(), images(1, (1, 4, 4), 17)[0]
     constraint = Pixels(x, torch.rand(1, 4, 4, generator=seeded(0)) < 0.5, 17)
-    found = sample(flow, constraint, Effort(2, 6), seed=1)
+    found = sample(flow, constraint, 2, 6, seed=1)
     assert found.x.shape == (2, 1, 4, 4) and agrees(constraint, found.x).all()
     assert all(parameter.grad is None for parameter in flow.parameters())
     if name in ("nice", "causal"):
-        again, other = (sample(flow, constraint, Effort(2, 6), seed=seed).x for seed in (1, 2))
+        again, other = (sample(flow, constraint, 2, 6, seed=seed).x for seed in (1, 2))
         assert torch.equal(found.x, again) and not torch.equal(found.x, other)
-
-
-@pytest.mark.run  # takes long
-def test_several_states_of_each_chain():
-    flow, x = tiny_flow("nice", SQUARE, 17).eval(), images(1, SQUARE, 17)[0]
-    constraint = Pixels(x, torch.tensor([[[True, False], [False, True]]]), 17)
-    found = sample(flow, constraint, Effort(3, 20, kept=2), seed=1)
-    assert found.x.shape == (6, *SQUARE)
-    assert torch.equal(found.x[1::2], sample(flow, constraint, Effort(3, 20), seed=1).x)
-    with pytest.raises(ValueError, match="6 moves are too few for 2 states"):
-        sample(flow, constraint, Effort(3, 6, kept=2), seed=1)
 
 
 @pytest.mark.parametrize("model", ["nice", "causal"])
@@ -265,19 +254,19 @@ def test_the_class_of_the_image(model):
     flow, x = perturb(build_flow(config, SQUARE, 3), 0.5), images(1, SQUARE, 3)[0]
     initialize(flow, images(64, SQUARE, 3), torch.rand(64, *SQUARE, generator=seeded()))
     constraint = Pixels(x, torch.tensor([[[True, False], [True, False]]]), 3)
-    a, b = (sample(flow.eval(), constraint, Effort(20, 6), 0, label) for label in (0, 1))
+    a, b = (sample(flow.eval(), constraint, 20, 6, 0, label) for label in (0, 1))
     assert not torch.equal(a.x, b.x)
     if model == "nice":  # without a class it is the mean of the classes
-        assert agrees(constraint, sample(flow, constraint, Effort(2, 6), 0).x).all()
+        assert agrees(constraint, sample(flow, constraint, 2, 6, 0).x).all()
     else:
         with pytest.raises(UserError, match="give the class of the image, --class 0 to 1"):
-            sample(flow, constraint, Effort(2, 6), 0)
+            require(flow, 2)
     with pytest.raises(UserError, match=r"--class 2: the model has the classes 0\.\.1"):
-        sample(flow, constraint, Effort(2, 6), 0, label=2)
+        require(flow, 2, label=2)
 
 
 def test_models_without_a_posterior():
-    flow, x = tiny_flow("causal", SQUARE, 3), images(1, SQUARE, 3)[0]
+    flow = tiny_flow("causal", SQUARE, 3)
     for dequantizer, label, words in (
         (flow.dequantizer, 3, "--class 3: the model is not class-conditional"),
         (GaussianDequantizer(3, 0.1), None, "so known pixels have no probability"),
@@ -285,4 +274,4 @@ def test_models_without_a_posterior():
     ):
         flow.dequantizer = dequantizer
         with pytest.raises(UserError, match=words):
-            sample(flow, Pixels(x, x > 0, 3), Effort(2, 6), 0, label)
+            require(flow, 2, label)

@@ -47,7 +47,7 @@ def test_twelve_runs_all_look_different():
 
 
 @pytest.mark.run  # takes long
-@pytest.mark.parametrize("name", ["_hidden", "$x_{$", "a$b$"])
+@pytest.mark.parametrize("name", ["_hidden", "$x_{$", "a$b$", "\udcff"])
 def test_any_name_is_in_the_legend(name):
     rows = [Row(**row) for row in ROWS]
     with warnings.catch_warnings():

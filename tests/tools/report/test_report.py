@@ -238,10 +238,10 @@ def test_without_its_data_a_page_has_the_rest(moved, tmp_path):
     page = Page(tmp_path / "report.html")
     assert "metrics.jsonl: cannot be read" in page.text and "with its raw weights" in page.text
     # Broken files.
-    run = copy_of(moved / "run", tmp_path / "run")
+    run = copy_of(moved / "run", tmp_path / "run\udcff")  # whose name is no UTF-8
     (run / "metrics.jsonl").write_text("")
     (run / "evaluate-test.json").write_text("{")
-    page, _ = page_of("run", cwd=tmp_path)
+    page, _ = page_of(run.name, cwd=tmp_path)
     assert "metrics.jsonl: it has no line yet" in page.text
     assert "evaluate-test.json: broken" in page.text
 
@@ -295,6 +295,23 @@ def test_points_have_a_page(tmp_path):
     shown = [image["alt"] for image in page.all("img")]
     assert shown == ["Samples at temperature 1.0", "Paths between test images"]
     assert page.text.count("real-valued data are no images") == 3
+
+
+CODE = """
+from types import SimpleNamespace
+from flowtrain import Foreign
+log_det = 64 * 0.693147
+twice = SimpleNamespace(forward=lambda v: (2 * v, log_det), inverse=lambda z: (z / 2, -log_det))
+flow = Foreign(twice, (1, 8, 8), num_bins=17)
+"""
+
+
+def test_a_flow_of_other_code_has_a_page(tmp_path):
+    (tmp_path / "own.py").write_text(CODE)
+    page, _ = page_of("own.py:flow", "--num-images", 2, *sets(data__name="digits"), cwd=tmp_path)
+    assert "own-flow A flow of other code, own.py:flow . Parameters 0" in page.text
+    assert "2 of 2 test images come back exactly" in page.text
+    assert [attributes["id"] for attributes in page.all("h2")] == SECTIONS
 
 
 def test_differences_are_counted_sorted_and_amplified(monkeypatch):

@@ -59,19 +59,15 @@ export class Latest {
   constructor(run) {
     this.run = run;
     this.number = 0;
-    this.waiting = null;
-    this.began = 0;
     this.running = 0;
   }
 
   push(value) {
     this.waiting = { value };
-    if (!this.running || performance.now() - this.began > PATIENCE) this.next();
-    else clearTimeout(this.timer), (this.timer = setTimeout(() => this.overtake(), PATIENCE));
-  }
-
-  overtake() {
-    if (this.waiting && performance.now() - this.began > PATIENCE) this.next();
+    clearTimeout(this.timer);
+    const left = this.running ? this.began + PATIENCE - performance.now() : 0;
+    if (left > 0) this.timer = setTimeout(() => this.next(), left);
+    else this.next();
   }
 
   async next() {

@@ -85,7 +85,7 @@ export function show(facts, about) {
     const cell = about.exact
       ? "A pixel has the bits that it takes, given all pixels before it."
       : "A cell has the density of what leaves the flow there, and the volume that layers gain or lose there.";
-    maps.push(element("p", { class: "faint whole" }, `${sum} ${cell}`));
+    maps.push(element("p", { class: "faint" }, `${sum} ${cell}`));
   }
   $("#maps").dataset.count = several ? facts.levels.length + 1 : 1;
   $("#maps").replaceChildren(...maps);

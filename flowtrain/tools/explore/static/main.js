@@ -11,8 +11,7 @@ const CHUNK = 300; // ms that a request for samples should take
 let about; // what the server says about the model
 let target = "source"; // what a click on an image chooses
 const place = { source: null, other: null, way: 0, from_other: [], to_class: null, principal: {}, attributes: {} };
-const urls = { source: null, other: null };
-const words = { source: "", other: "" };
+const ends = { source: {}, other: {} }; // the two images that were chosen, by address and in words
 
 /** The place as the server reads it. */
 function asked() {
@@ -23,13 +22,12 @@ function asked() {
     .filter(([, amount]) => amount)
     .map(([name, amount]) => ({ name, amount }));
   const mixed = place.from_other.some(Boolean);
-  const paired = place.other && (place.way > 0 || mixed);
   return {
     source: place.source,
-    other: paired ? place.other : null,
-    way: paired ? place.way : 0,
-    from_other: paired && mixed ? place.from_other : [],
-    to_class: place.to_class && place.to_class.amount ? place.to_class : null,
+    other: place.way > 0 || mixed ? place.other : null,
+    way: place.way,
+    from_other: mixed ? place.from_other : [],
+    to_class: place.to_class?.amount ? place.to_class : null,
     principal,
     attributes,
   };
@@ -68,16 +66,16 @@ const moves = new Latest(async (wanted, newest) => {
   shown.alt = described(wanted);
   shown.classList.remove("waiting");
   command($("#image-command"), answer.command);
-  document.body.dataset.shown = JSON.stringify(wanted); // for tests
   $("#caption").textContent = `${shown.alt} · ${Math.round(performance.now() - began)} ms`;
   settled = setTimeout(() => askFacts(wanted), SETTLED);
 });
 
 /** The image at a place in words. */
 function described(wanted) {
-  const parts = [words.source];
-  if (wanted.way > 0) parts.push(`${Math.round(100 * wanted.way)}% of the way to ${words.other}`);
-  if (wanted.from_other.length) parts.push(`with levels of ${words.other}`);
+  const { source, other } = ends;
+  const parts = [source.words];
+  if (wanted.way > 0) parts.push(`${Math.round(100 * wanted.way)}% of the way to ${other.words}`);
+  if (wanted.from_other.length) parts.push(`with levels of ${other.words}`);
   if (wanted.to_class) parts.push(`towards class ${wanted.to_class.label}`);
   if (wanted.principal.length || wanted.attributes.length) parts.push("changed");
   return parts.join(", ");
@@ -86,15 +84,16 @@ function described(wanted) {
 /** Shows the image at the place, and a little later what the model says about it. */
 function move() {
   if (!place.source) return;
-  sessionStorage.setItem("kept", JSON.stringify({ model: about.model, place, urls, words }));
+  sessionStorage.setItem("kept", JSON.stringify({ model: about.model, place, ends }));
   moves.push(asked());
 }
 
-/** Opens the image from before a reload, with its edits. */
+/** Opens the image from before a reload, with its edits, unless the model has other levels now. */
 function restore() {
   const kept = JSON.parse(sessionStorage.getItem("kept"));
-  if (kept?.model !== about.model) return;
-  for (const [to, from] of [[place, kept.place], [urls, kept.urls], [words, kept.words]]) Object.assign(to, from);
+  if (kept?.model !== about.model || kept.place.from_other.length !== about.levels.length) return;
+  Object.assign(place, kept.place);
+  Object.assign(ends, kept.ends);
   for (const end of ["source", "other"]) showEnd(end);
   reflect();
 }
@@ -138,8 +137,7 @@ async function askNearest(wanted) {
 
 function choose(source, url, text, byHand = true) {
   place[target] = source;
-  urls[target] = url;
-  words[target] = text;
+  ends[target] = { url, words: text };
   showEnd(target);
   for (const grid of Object.values(grids)) grid.mark(place.source, place.other);
   if (target === "source") {
@@ -155,10 +153,11 @@ function choose(source, url, text, byHand = true) {
 
 /** Shows one of the two images that were chosen, at once: the server sends the same. */
 function showEnd(end) {
-  if (!urls[end]) return;
+  const { url, words } = ends[end];
+  if (!url) return;
   for (const image of $$(end === "source" ? "#shown, .end-source" : ".end-other")) {
-    image.src = urls[end];
-    image.alt = words[end];
+    image.src = url;
+    image.alt = words;
   }
 }
 
@@ -236,7 +235,6 @@ const sampling = new Latest(async (wanted, newest) => {
     count = Math.max(1, Math.min(wanted.count - start, Math.round(CHUNK / each)));
   }
   grids.samples.shorten(wanted.count);
-  document.body.dataset.samples = JSON.stringify(wanted); // for tests
   command($("#samples-command"), same);
   if (!place.source) grids.samples.open(0); // so that no panel is empty
 });
@@ -344,16 +342,23 @@ function buildMix() {
   });
 }
 
+/** A slider for an edit of the latent, `place[kind][key]`. */
+function editSlider(name, kind, key, farthest) {
+  const made = slider(name, { min: -farthest, max: farthest, step: 0.05, value: 0 }, (value) => {
+    place[kind][key] = value;
+    move();
+  });
+  made.amount = () => place[kind][key] ?? 0;
+  made.set(made.amount());
+  return made;
+}
+
 function buildAttributes() {
   if (!about.attributes.length) return;
   const box = $("#attributes");
   box.append(element("h3", {}, "Attributes"), element("p", { class: "faint" }, "-1 to 1 is the way from images without to images with it"));
   for (const { name, accuracy } of about.attributes) {
-    const made = slider(name, { min: -3, max: 3, step: 0.05, value: 0 }, (value) => {
-      place.attributes[name] = value;
-      move();
-    });
-    made.amount = () => place.attributes[name] ?? 0;
+    const made = editSlider(name, "attributes", name, 3);
     made.title = `It separates ${Math.round(100 * accuracy)}% of held-out images`;
     box.append(made);
   }
@@ -369,13 +374,7 @@ function buildDirections() {
   for (let level = about.principal.length - 1; level >= 0; level -= 1) {
     const box = element("div", { class: "sliders" });
     for (let component = 0; component < about.principal[level]; component += 1) {
-      const key = `${level}.${component}`;
-      const made = slider(`Direction ${component + 1}`, { min: -4, max: 4, step: 0.05, value: 0 }, (value) => {
-        place.principal[key] = value;
-        move();
-      });
-      made.amount = () => place.principal[key] ?? 0;
-      made.set(made.amount());
+      const made = editSlider(`Direction ${component + 1}`, "principal", `${level}.${component}`, 4);
       made.classList.add("hinted");
       const end = () => element("img", { alt: "", class: $("#shown").classList.contains("pixels") && "pixels" });
       $("input", made).before(end());

@@ -59,12 +59,12 @@ export function command(box, text) {
 let sliders = 0;
 
 /** A slider with its name and value. `moved` gets the value at each move. A double click resets. */
-export function slider(name, { min, max, step, value, digits = 2 }, moved) {
+export function slider(name, { min, max, step, value }, moved) {
   sliders += 1;
   const id = `slider-${sliders}`;
   const input = element("input", { id, type: "range", min, max, step, value });
   const output = element("output", { for: id });
-  const show = () => (output.textContent = Number(input.value).toFixed(digits));
+  const show = () => (output.textContent = Number(input.value).toFixed(2));
   const set = (to) => {
     input.value = to;
     show();
@@ -78,7 +78,7 @@ export function slider(name, { min, max, step, value, digits = 2 }, moved) {
     moved(Number(value));
   });
   show();
-  const made = element("div", { class: "slider named" }, element("label", { for: id }, name), input, output);
+  const made = element("div", { class: "slider" }, element("label", { for: id }, name), input, output);
   made.set = set;
   return made;
 }
