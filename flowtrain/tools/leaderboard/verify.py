@@ -1,6 +1,7 @@
 """Verifies a run: its data, its log, and its figures, which are measured again."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,6 +178,8 @@ def _require_log(found: Record, model: LoadedModel) -> None:
 
 def _are_in_events(found: Record, split: str) -> bool:
     """Whether the losses of a split are, by step, as in TensorBoard's event files, in float32."""
+    # It warns of the steps that a resumed run logged twice, and leaves the first ones out.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(found.path), size_guidance={"scalars": 0}).Reload()
     tag = f"{split}/loss"
     points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
