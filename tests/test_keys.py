@@ -16,7 +16,7 @@ import pytest
 import torch
 from catalogue import POINTS, TINY, TORUS
 from catalogue import SPHERE as SPHERE_MODEL
-from helpers import PLAIN, batch_of, images, seeded
+from helpers import PLAIN, images, seeded
 from PIL import Image
 
 from flowtrain.checkpoints.build import build_flow
@@ -311,12 +311,12 @@ def test_data_max_in_memory_and_workers(gigabytes, workers, threads):
     settings = parse(merged(BASE, {"data": {"max_in_memory": gigabytes, "workers": workers}}))
     made = Batches(DataSet(settings.data), settings, 16, CPU)
     assert made.streams == (gigabytes == 0)
-    first, _ = batch_of(made, 3)
+    first, _ = made.at(48)
     assert sum(thread.name.startswith("data") for thread in threading.enumerate()) == threads
     made.close()
     plain = parse(BASE)
     other = Batches(DataSet(plain.data), plain, 16, CPU)
-    assert torch.equal(first, batch_of(other, 3)[0])
+    assert torch.equal(first, other.at(48)[0])
 
 
 def test_train_memory():

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import a_config, batch_of, npz, seeded
+from helpers import a_config, npz, seeded
 from PIL import Image
 
 from flowtrain.data.batches import Batches, ReadAhead, augment
@@ -27,7 +27,7 @@ def batches(section, batch_size=6, seed=0):
 
 
 def first(source, count, start=0):
-    return [batch_of(source, step)[0] for step in range(start, start + count)]
+    return [source.at(step * source.all_processes)[0] for step in range(start, start + count)]
 
 
 def data_set(section):
@@ -97,7 +97,7 @@ def test_a_batch_is_divided_among_the_processes(as_process, tmp_path, streamed):
     def batch(rank, world, used, size=24, options=streamed):
         as_process(rank, world)
         source = batches({**section, **options}, size // world)
-        found = batch_of(source, None, used)[0], source.first_of_all(64)
+        found = source.at(used)[0], source.first_of_all(64)
         source.close()
         return found
 
