@@ -148,9 +148,9 @@ class DataSet:
 
     @cached_property
     def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        count, first = len(self._training.rows), self._training.first
+        first = self._training.first
         try:
-            return base.hold_out(count, self.config.validation, self.config.split_seed, first)
+            return base.hold_out(first, self.config.validation, self.config.split_seed)
         except UserError as error:
             raise UserError(f"data.validation: {error}") from error
 
