@@ -339,7 +339,7 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
     with _naming(out):
         home = out if there else out.parent
         home.mkdir(parents=True, exist_ok=True)
-        with _temporary(home / out.name, _new_folder) as (temporary, _, _):
+        with new_folder(home / out.name) as temporary:
             for name, data in files:
                 names.append(name)
                 with _naming(out / name):
@@ -354,9 +354,18 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
                 (temporary / name).rename(out / name)
 
 
-def _new_folder(path: Path) -> int | None:
-    path.mkdir()
-    return open_folder(path)
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, locked while it is filled. It is removed at the end unless
+    it was renamed, and after a kill by `remove_left_overs`.
+    """
+
+    def new(temporary: Path) -> int | None:
+        temporary.mkdir()
+        return open_folder(temporary)
+
+    with _temporary(path, new) as (temporary, _, _):
+        yield temporary
 
 
 class PerhapsUnread:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from flowtrain.datasets import base, cache, folder
 from flowtrain.errors import RunError, UserError
-from flowtrain.system import distributed
+from flowtrain.system import distributed, files
 
 
 def draw(path, size=(12, 12), mode="RGB", seed=0, **options):
@@ -260,12 +260,8 @@ def test_an_interruption_or_a_failing_disk_leaves_nothing(
 
 
 def test_left_overs_of_a_kill_and_two_processes_at_once(tree, monkeypatch):
-    old, recent = (cache.place() / "folder" / f"{name}.tmp" for name in ("old", "recent"))
-    for folder_ in (old, recent):  # the second may belong to a living process
-        folder_.mkdir(parents=True)
-        (folder_ / "images.npy").touch()
-    settle(old)
-    other, decode = images_of(tree), base.decode
+    other, decode, home = images_of(tree), base.decode, cache.place() / "folder"
+    (home / ".killed.0123abcd.tmp" / "images").mkdir(parents=True)
 
     def late(*args):  # the other process is faster
         monkeypatch.setattr(base, "decode", decode)
@@ -274,8 +270,9 @@ def test_left_overs_of_a_kill_and_two_processes_at_once(tree, monkeypatch):
 
     monkeypatch.setattr(cache, "THREADS", 1)
     monkeypatch.setattr(base, "decode", late)
-    assert values(images_of(tree)) == values(other) and base.decode is decode
-    assert len(caches()) == 2 and recent in caches()
+    with files.new_folder(home / "living") as living:
+        assert values(images_of(tree)) == values(other) and base.decode is decode
+        assert len(caches()) == 2 and living in caches()
 
 
 def test_the_place_of_the_cache(tmp_path, tree, monkeypatch):
