@@ -23,7 +23,7 @@ from flowtrain.foreign import file as foreign
 NAMED = 3  # tensors in a message
 
 
-def find(model: str | None, runs: Path = Path("runs")) -> Path:
+def find(model: str | None) -> Path:
     """The checkpoint file of a command line's `MODEL`.
 
     That is the file itself, the best (else the last) checkpoint of a run directory, a trained model
@@ -32,7 +32,7 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     """
     if model is not None and model.startswith(hub.PREFIX):
         return hub.download(model)
-    path = _newest(runs) if model is None else Path(model)
+    path = _newest() if model is None else Path(model)
     if not _is_there(path):
         if model in (trained := zoo.names()):
             return zoo.verified(model)
@@ -50,17 +50,16 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     return files[0]
 
 
-def _newest(runs: Path) -> Path:
+def _newest() -> Path:
     """The run directory whose checkpoint was written last."""
     written = {
         run: max(file.stat().st_mtime_ns for file in files)
-        for run in runs.glob("*")
+        for run in Path("runs").glob("*")
         if (files := _checkpoints_of(run))
     }
     if not written:
         raise UserError(
-            f"no MODEL given, and there is no run under {runs}/: give a checkpoint or a run "
-            f"directory"
+            "no MODEL given, and there is no run under runs/: give a checkpoint or a run directory"
         )
     return max(written, key=lambda run: written[run])
 

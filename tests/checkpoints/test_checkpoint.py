@@ -403,25 +403,26 @@ def touch(path, mtime):
     return path
 
 
-def test_find(tmp_path):
-    runs = tmp_path / "runs"
+def test_find(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = Path("runs")
     with pytest.raises(UserError, match="no run under"):
-        find(None, runs)
+        find(None)
     (runs / "empty").mkdir(parents=True)
     with pytest.raises(UserError, match="no run under"):
-        find(None, runs)
+        find(None)
     last = touch(runs / "old" / "checkpoints" / "last.safetensors", 100)
-    assert find(str(runs / "old")) == last == find(None, runs)
+    assert find(str(runs / "old")) == last == find(None)
     best = touch(runs / "old" / "checkpoints" / "best.safetensors", 50)
-    assert find(str(runs / "old")) == best == find(None, runs)
+    assert find(str(runs / "old")) == best == find(None)
     # The newest run is the one that was written to last, whenever its best was.
     newer = touch(runs / "new" / "checkpoints" / "last.safetensors", 200)
-    assert find(None, runs) == newer == find(str(newer))
+    assert find(None) == newer == find(str(newer))
     os.utime(last, (300, 300))
-    assert find(None, runs) == best
+    assert find(None) == best
     # A run of which somebody kept the best checkpoint only.
     kept = touch(runs / "kept" / "checkpoints" / "best.safetensors", 400)
-    assert find(None, runs) == kept
+    assert find(None) == kept
     with pytest.raises(UserError, match="empty: has no checkpoint"):
         find(str(runs / "empty"))
     with pytest.raises(UserError, match="nothing: no such checkpoint or run directory"):
