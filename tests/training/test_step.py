@@ -201,10 +201,12 @@ def test_the_activations_are_a_part_of_the_peak(model, memory):
 
 
 def require(monkeypatch, free, batch_size, accumulate=1, activations=1000, processes=1, **train):
-    monkeypatch.setattr(capacity, "available", lambda device: free)
-    monkeypatch.setattr(distributed, "local_world", lambda: processes)
     config = a_config(train={**train, "batch_size": batch_size, "accumulate": accumulate})
-    require_images_to_fit(build_flow(config, SHAPE, 256), config, CPU, activations)
+    flow = build_flow(config, SHAPE, 256)
+    with monkeypatch.context() as patch:
+        patch.setattr(capacity, "available", lambda device: free)
+        patch.setattr(distributed, "local_world", lambda: processes)
+        require_images_to_fit(flow, config, CPU, activations)
 
 
 @pytest.mark.parametrize("processes", [1, 3])
