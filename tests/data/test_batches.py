@@ -97,7 +97,7 @@ def test_a_batch_is_divided_among_the_processes(as_process, tmp_path, streamed):
     def batch(rank, world, used, size=24, options=streamed):
         as_process(rank, world)
         source = batches({**section, **options}, size // world)
-        found = source.at(used)[0], source.first_of_all(64)
+        found = source.at(used)[0], source.first_of_all(8)
         source.close()
         return found
 

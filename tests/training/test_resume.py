@@ -448,14 +448,19 @@ def test_a_budget_includes_the_time_that_was_used(used, tmp_path, monkeypatch):
 )
 def test_the_effect_of_another_division_of_the_same_images(model, changes):
     """Images of a batch share the steps of a solver, so there it is more than rounding."""
-    before, now = (
-        a_config(train={"batch_size": size, "num_steps": 9, "memory": "store"}) for size in (4, 8)
-    )
-    state = State(now, tiny_flow(model), [], None, {})
-    meta = {"config": before.resolved(), "processes": 2}
-    (line,) = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
-    assert "a step takes 8 images as before" in line and f"which changes {changes}" in line
-    meta["processes"] = 1
-    first, second = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
-    assert "a step takes 8 images, not 4: another run from here on" in first
-    assert "the 9 steps left take 72 images, not 36" in second
+    for length, counts, follows in (
+        ({"num_steps": 9}, "", "the 9 steps left take 72 images, not 36"),
+        ({"num_steps": None, "budget": 9}, "train.budget counts seconds", "the clock of train.bud"),
+    ):
+        before, now = (
+            a_config(train={"batch_size": size, "memory": "store", **length}) for size in (4, 8)
+        )
+        state = State(now, tiny_flow(model), [], None, {})
+        meta = {"config": before.resolved(), "processes": 2}
+        (line,) = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
+        assert "a step takes 8 images as before" in line and f"which changes {changes}" in line
+        assert counts in line
+        meta["processes"] = 1
+        first, second = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
+        assert "a step takes 8 images, not 4: another run from here on" in first
+        assert follows in second
