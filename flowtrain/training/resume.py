@@ -82,6 +82,8 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
             raise
         if not distributed.is_main():
             distributed.barrier()  # process 0, which has the files, ends all with its message
+        if not run.last.exists():
+            raise
         raise UserError(f"{error}\n{_sound_checkpoints(run)}") from error
     if saved is None:
         return None
