@@ -112,7 +112,7 @@ class LoadedModel:
         if foreign.is_foreign(str(self.checkpoint.path)):
             raise UserError(f"{self.checkpoint.path}: a flow of other code, without a checkpoint")
         meta = {key: self.checkpoint.meta[key] for key in ("config", "shape", "levels", "step")}
-        data = {**_named(meta["config"]["data"]), "root": "data"}
+        data = {**_named(meta["config"].get("data", {})), "root": "data"}
         meta["config"] = {**meta["config"], "data": data}
         stored = self.checkpoint.part("ema" if self.weights == "ema" else "model")
         return meta, {f"model.{name}": tensor for name, tensor in stored.items()}
@@ -251,7 +251,8 @@ def _sides(flow: Flow, config: Config) -> int:
 
 def model_hash(model: LoadedModel) -> str:
     """SHA-256 of the model's options, shape, levels, and the weights in use."""
-    described = {key: model.checkpoint.meta["config"][key] for key in ("model", "dequantization")}
+    config = model.checkpoint.meta["config"]
+    described = {key: config.get(key, {}) for key in ("model", "dequantization")}
     described |= {"shape": list(model.flow.shape), "levels": model.flow.num_bins}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(model.flow.state_dict().items()):

@@ -456,3 +456,12 @@ def test_the_hash_of_a_model_depends_on_its_preprocessing():
         file = checkpoint_format.Checkpoint(Path("m"), {"config": config.resolved()}, {})
         found.add(model_hash(LoadedModel(flow, config, "raw", file)))
     assert len(found) == 2
+
+
+def test_a_configuration_may_lack_sections(tmp_path):
+    """In a stranger's file. Their values are the defaults."""
+    meta = {"config": {"model": a_config().resolved()["model"]}, "shape": SHAPE, "levels": 256}
+    tensors = tiny_flow().state_dict(prefix="model.")
+    write(tmp_path / "a.safetensors", {**meta, "step": 0}, tensors)
+    model = load_model(str(tmp_path / "a.safetensors"), CPU)
+    assert model_hash(model) and model.alone()[0]["config"]["data"] == {"root": "data"}
