@@ -120,6 +120,13 @@ def test_a_folder_of_arrays_that_do_not_fit(tmp_path, name, array, message):
         build("train", path=tmp_path).labels()
 
 
+def test_other_files_in_a_folder_are_no_parts(tmp_path):
+    for name, array in (("x_train-0", GOOD), ("x_train-1", GOOD), ("x_train_old", 255 - GOOD)):
+        np.save(tmp_path / f"{name}.npy", array)
+    found = build("train", path=tmp_path).read()
+    assert np.array_equal(found, np.r_[GOOD, GOOD].transpose(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize(
     "save, damage, message",
     [
