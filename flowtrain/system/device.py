@@ -162,3 +162,5 @@ def synchronize(device: torch.device) -> None:
     """Waits until a GPU has computed all that it was given."""
     if device.type in NUMBERED:
         torch.get_device_module(device).synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -124,6 +124,14 @@ def test_the_name_of_a_processor(cpuinfo, name, monkeypatch):
     assert devices.machine(torch.device("cpu")) == name
 
 
+def test_apples_gpu_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for name in ("mps", "cpu"):
+        devices.synchronize(torch.device(name))
+    assert waited == ["mps"]
+
+
 def test_gpus_that_stay_unused(machine, monkeypatch):
     lines = []
     monkeypatch.setattr(devices.console, "print", lines.append)
