@@ -299,7 +299,7 @@ def _in_tar(path: Path) -> Iterator[tuple[list[Member], Encoded]]:
                     members.append((Path(info.name).name, info.offset_data, info.size))
 
         def encoded(member: Member) -> bytes:
-            with open_regular(path) as own:  # a position of its own, for threads
+            with _reading(path), open_regular(path) as own:  # a position of its own, for threads
                 own.seek(member[1])
                 return own.read(member[2])
 
