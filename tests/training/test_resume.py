@@ -60,13 +60,13 @@ def put_back(run, step):
     last(run).hardlink_to(run / "checkpoints" / f"step-{step:08d}.safetensors")
 
 
-def rewritten(path, tensors=None, ema=None, **progress):
-    """A checkpoint with other tensors, another `train.ema` or other progress."""
+def rewritten(path, ema=None, **progress):
+    """A checkpoint with another `train.ema` or other progress."""
     saved = checkpoint_format.read(path)
     saved.meta["progress"] |= progress
     saved.meta["config"]["train"] |= {} if ema is None else {"ema": ema}
     path.unlink()  # it may be one of two names for the same bytes
-    checkpoint_format.write(path, saved.meta, saved.tensors | (tensors or {}))
+    checkpoint_format.write(path, saved.meta, saved.tensors)
 
 
 def steps_of(run):
@@ -138,14 +138,6 @@ def test_20_steps_are_10_and_10(name, tmp_path):
     assert left_overs(halves) == []
     steps = [scalar.step for scalar in events(halves).Scalars("train/bits_per_dim")]
     assert steps == [3, 6, 9, 12, 15, 18, 20]
-    if name == "glow":  # a difference that only later steps see would be noticed
-        put_back(halves, 10)
-        tensors = checkpoint_format.read(last(halves)).tensors
-        name = min(name for name in tensors if name.startswith("optimizer.exp_avg."))
-        rewritten(last(halves), {name: tensors[name] * 1.001})
-        quick(*command, "--run-dir", halves, cwd=tmp_path).ok()
-        with pytest.raises(AssertionError):
-            assert_same_run(whole, halves)
 
 
 # --- signals and kills ----------------------------------------------------------------------------
