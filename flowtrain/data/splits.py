@@ -100,8 +100,8 @@ class DataSet:
         else:
             build = configuration.component(DataConfig, config.name).build
             options = {"seed": config.split_seed, **config.options()}
-            self.train_images = build(Path(config.root), "train", **options)
-            self.test_images = build(Path(config.root), "test", **options)
+            self.train_images = build(config.root, "train", **options)
+            self.test_images = build(config.root, "test", **options)
         self.shape = self.train_images.shape
         if self.test_images.shape != self.shape:
             raise UserError(

@@ -138,7 +138,7 @@ def images(root: Path, split: Part, side: int, version: Version) -> Images:
     `UserError` if files are missing, or are not the official ones.
     """
     edition = EDITIONS[side, version]
-    home = Path(root).expanduser().resolve() / f"imagenet{side}"
+    home = root.resolve() / f"imagenet{side}"
     count, shape = edition.counts[split], (3, side, side)
 
     def target() -> Path:

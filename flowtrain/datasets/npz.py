@@ -41,7 +41,6 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
     Before their first use, all bytes are read, compared with the checksum of the .npz file, and
     hashed. `read` takes any other array into memory. Raises `UserError`. `root` is not used.
     """
-    path = Path(path).expanduser()
     arrays = _arrays(path)
     if "x_train" not in arrays:
         there = ", ".join(sorted(arrays)) or "nothing"

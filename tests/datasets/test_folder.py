@@ -144,21 +144,20 @@ def test_folders_of_train_and_test(tmp_path, folders, train, test):
 
 
 @pytest.mark.parametrize(
-    "make, size, message",
+    "make, message",
     [
-        (lambda p: None, 4, r"data.path: .*tree is no folder"),
-        (lambda p: p.write_text(""), 4, r"data.path: .*tree is not a folder"),
-        (lambda p: p.mkdir(), 4, r"data.path: there is no image in .*tree \(looked for .png"),
-        (lambda p: (p / "train").mkdir(parents=True), 4, r"no image in .*tree/train"),
-        (lambda p: draw(p / "test" / "a.png"), 4, r"no image in .*tree \("),
-        (lambda p: draw(p / "a.png"), 4, r"data.path: .*one image, which cannot be split"),
-        (grow, 0, r"data.size is 0"),
+        (lambda p: None, r"data.path: .*tree is no folder"),
+        (lambda p: p.write_text(""), r"data.path: .*tree is not a folder"),
+        (lambda p: p.mkdir(), r"data.path: there is no image in .*tree \(looked for .png"),
+        (lambda p: (p / "train").mkdir(parents=True), r"no image in .*tree/train"),
+        (lambda p: draw(p / "test" / "a.png"), r"no image in .*tree \("),
+        (lambda p: draw(p / "a.png"), r"data.path: .*one image, which cannot be split"),
     ],
 )
-def test_what_is_refused(tmp_path, make, size, message):
+def test_what_is_refused(tmp_path, make, message):
     make(tmp_path / "tree")
     with pytest.raises(UserError, match=message):
-        images_of(tmp_path / "tree", size=size)
+        images_of(tmp_path / "tree")
 
 
 @pytest.mark.parametrize("resize", ["crop", "stretch", "exact"])
