@@ -49,7 +49,7 @@ _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 class Checkpoint:
     """A checkpoint's file, its description, and its tensors: `model.*`, `ema.*`, `optimizer.*`.
 
-    `meta` has the keys of `Description` that the file has.
+    `meta` has the keys of `Description`, with their defaults for those that the file lacks.
     """
 
     path: Path
@@ -194,7 +194,7 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
             f"flowtrain {flowtrain.__version__}, which reads format {FORMAT}: use that version, or "
             f"train again"
         )
-    meta = checked(Description, described, invalid).model_dump(exclude_unset=True)
+    meta = checked(Description, described, invalid).model_dump()
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, KeyError, RuntimeError) as error:  # KeyError: of a dtype

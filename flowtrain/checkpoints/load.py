@@ -149,7 +149,7 @@ def _require_weights(
     if not state:
         why = "has none (train.ema was 0); use --weights raw" if part == "ema" else "has none"
         raise UserError(f"--weights {chosen}: {checkpoint.path} {why}")
-    if checkpoint.meta.get("progress") is None:  # a model alone may be in half precision
+    if checkpoint.meta["progress"] is None:  # a model alone may be in half precision
         half = {name: value for name, value in state.items() if value.dtype == torch.float16}
         state |= {name: value.float() for name, value in half.items()}
     require_tensors(checkpoint.path, state, flow.state_dict())

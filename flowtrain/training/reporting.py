@@ -174,7 +174,7 @@ def bring_up_to_date(
     found = run.summary()
     here = {"device": str(device), "machine": machine(device)}
     where = {key: str(found.get(key, value)) for key, value in here.items()}
-    wanted = _summary(flow, progress, saved.meta.get("data", {}), saved.meta["versions"], where)
+    wanted = _summary(flow, progress, saved.meta["data"], saved.meta["versions"], where)
     if found != wanted:
         run.write_json("summary.json", wanted)
 
