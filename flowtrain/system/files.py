@@ -276,6 +276,14 @@ def read_regular(path: Path, limit: int) -> bytes:
         return file.read(size)
 
 
+def content_of(path: Path, limit: int) -> bytes:
+    """As `read_regular`, but raises `UserError`."""
+    try:
+        return read_regular(path, limit)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 MAX_NAME_BYTES = 255  # of a file or folder
 DEEPEST = 100  # folders in each other
 
