@@ -134,6 +134,9 @@ def _arrays_of_folder(folder: Path) -> dict[str, list[Stored]]:
     for name in sorted(parts, key=lambda name: (int(parts[name][2] or 0), name)):
         header = ArrayFile(folder / name, KEY).header(ONLY)
         found.setdefault(parts[name][1], []).append(header)
+    both = [key for key in KEYS if f"{key}.npy" in parts and len(found[key]) > 1]
+    if both:
+        raise UserError(f"data.path: {folder} has {both[0]}.npy and parts of it: remove either")
     return found
 
 
