@@ -10,7 +10,6 @@ from catalogue import TINY
 from flowtrain import config as configuration
 from flowtrain.bijections.base import DataDependentInit
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.checkpoints.description import Progress
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.tools.inpaint.constraints import Pixels
@@ -19,14 +18,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
 compiles = pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch is too old to compile")
-
-
-def batch_of(batches, step, images=None):
-    """The images and labels of a step, before which `images` were used: by default, by as many
-    steps like this one.
-    """
-    images = step * batches.all_processes if images is None else images
-    return batches.at(Progress(step=step, images=images))
 
 
 def seeded(seed=0):

@@ -130,13 +130,11 @@ def test_steps_and_budget_clear_each_other():
     [
         # a misspelt key, and the nearest right one
         ("train.batchsize=3", r"unknown key; did you mean train\.batch_size\? \(value 3\)"),
-        ("train.learning_rate=3", r"train\.learning_rate: unknown key; did you mean train\.lr\?"),
         ("lr=3", r"lr: unknown key; did you mean train\.lr\?"),
         ("trian.lr=3", r"trian: unknown key; did you mean train\.lr\?"),
         ("model.name=glwo", r"name: unknown name 'glwo'; did you mean glow\?; there are causal, "),
         ("data.name=minst", r"unknown name 'minst'; did you mean mnist\?.* a folder of images is"),
         ("data.path=/a", r"data\.path: unknown key; it belongs to data.name folder or hub or npz"),
-        ("data.name=npz", r"data\.path: missing"),
         ("model.name=no_such.module", r"model\.name: cannot import 'no_such\.module'"),
         ("model.name=os.path", r"model\.name: module 'os\.path' has no function `build`"),
         # a wrong type or value
@@ -144,10 +142,8 @@ def test_steps_and_budget_clear_each_other():
         ("train.batch_size=0", r"train\.batch_size: .*greater than or equal to 1.*got 0"),
         ("train.lr=.nan", r"train\.lr: .*finite"),
         ("train.ema=1", r"train\.ema: .*less than 1"),
-        ("train.budget=soon", r"budget: expected a duration such as 90s, .* got 'soon'"),
         ("train.logger=[wandb,wandb]", r"train\.logger: one of them is named twice"),
         ("data.n_bits=9", r"data\.n_bits: .*got 9"),
-        ("data.root=~nobody-here", r"data\.root: .*got '~nobody-here'"),
         ("model.width=x", r"model\.width: .*integer.*; or .*list"),
         ("dequantization.alpha=0.5", r"dequantization\.alpha: "),
         # a boolean is no number
@@ -220,7 +216,6 @@ BOMB = "{a0: &a0 [1], " + ", ".join(
         ("- 1\n- 2\n", "expected keys and values, got list"),
         ("train:\n", "train: expected keys and values, got None"),
         ("1: 2\ntrain: {num_steps: 3}\n", "1: Keys should be strings"),
-        ("train: {num_steps: 10, budget: 1min}", r"num_steps and train\.budget: both are given"),
         ("train: {budget: null}", "neither is given"),
     ],
     ids=lambda text: ascii(text[:20]),

@@ -137,7 +137,7 @@ def test_a_step_waits_for_nothing(memory: str, optimizer: str) -> None:
     try:
         for step in range(4):
             torch.cuda.set_sync_debug_mode("error" if step else "default")
-            loss, grad_norm = train_step(state, *batches.at(state.progress))
+            loss, grad_norm = train_step(state, *batches.at(state.progress.images))
             optimizer_step(state, grad_norm)
             metrics.send(loss, grad_norm, 1e-3)
             state.progress.step += 1

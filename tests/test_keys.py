@@ -16,7 +16,7 @@ import pytest
 import torch
 from catalogue import POINTS, TINY, TORUS
 from catalogue import SPHERE as SPHERE_MODEL
-from helpers import PLAIN, batch_of, images, seeded
+from helpers import PLAIN, images, seeded
 from PIL import Image
 
 from flowtrain.checkpoints.build import build_flow
@@ -110,7 +110,7 @@ PARTS = {f"train.{key}": part for key, part in PARTS.items()} | {"train.logger":
 # Choices without an effect here: refused for these images, and equal to one of the others.
 LEFT_OUT = {("folder:data.resize", "exact"), ("cnf:model.trace", "auto")}
 # Keys with a test of their own: below, in training/ (test_resume.py, test_stop.py,
-# test_non_finite.py, test_loss.py), and in datasets/test_hub.py, which needs a package.
+# test_non_finite.py, test_loss.py), in cli/, or in datasets/ (test_datasets.py, test_hub.py).
 SPECIAL = {"data.name", "model.name", "data.root", "data.max_in_memory", "data.workers"}
 SPECIAL |= {f"train.{key}" for key in ("budget", "memory", "max_non_finite", "compile")}
 SPECIAL |= {"train.cuda_graph", "train.clock"}
@@ -276,52 +276,27 @@ def test_nothing_changed_nothing_differs(layer, outcome, here):
 # --- keys whose effect is not in those files ------------------------------------------------------
 
 
-def test_names():
-    seen = [built(json.dumps(merged(BASE, layer))) for layer in ({}, NICE, NPZ)]
-    assert seen[0][-1] != seen[1][-1] and seen[0][0] != seen[2][0]
-
-
 def test_no_average_is_kept(outcome):
     assert outcome(BASE)["weights"] == ["ema", "model", "optimizer"]
     assert outcome(changed(BASE, "train.ema", 0))["weights"] == ["model", "optimizer"]
-
-
-def test_data_root(tmp_path, monkeypatch):
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for root in ("one", "two"):
-        values = merged(BASE, {"data": {"name": "mnist", "root": str(tmp_path / root)}})
-        with pytest.raises(UserError, match=f"data.root: MNIST is not in {tmp_path / root}"):
-            DataSet(parse(values).data).split("test")
-
-
-@pytest.mark.parametrize("version", ["oord2016", "chrabaszcz2017"])
-def test_data_version(version, tmp_path):
-    for name in ("imagenet32", "imagenet64"):
-        data = {"data": {"name": name, "version": version, "root": str(tmp_path)}}
-        with pytest.raises(UserError, match=f"{name} of data.version {version} is not in"):
-            DataSet(parse(merged(BASE, data)).data).split("test")
 
 
 @pytest.mark.parametrize(
     "gigabytes, workers, threads", [(4, 2, 0), (0, 0, 0), (0, 1, 1), (0, 2, 2)]
 )
 def test_data_max_in_memory_and_workers(gigabytes, workers, threads):
-    """The keys decide how batches are read, and by how many threads, but not their content."""
+    """The keys decide how batches are read, and by how many threads."""
     settings = parse(merged(BASE, {"data": {"max_in_memory": gigabytes, "workers": workers}}))
     made = Batches(DataSet(settings.data), settings, 16, CPU)
     assert made.streams == (gigabytes == 0)
-    first, _ = batch_of(made, 3)
+    made.at(48)
     assert sum(thread.name.startswith("data") for thread in threading.enumerate()) == threads
     made.close()
-    plain = parse(BASE)
-    other = Batches(DataSet(plain.data), plain, 16, CPU)
-    assert torch.equal(first, batch_of(other, 3)[0])
 
 
 def test_train_memory():
-    """The gradients are the same, from fewer activations."""
-    taken, gradients = {}, {}
+    """Fewer activations are kept (`test_bijections.py` compares the gradients)."""
+    taken = {}
     x = images(64, (1, 8, 8), 17)
     for mode in ("store", "checkpoint", "reversible"):
         settings = parse(
@@ -331,7 +306,4 @@ def test_train_memory():
         initialize(flow, x, torch.rand(x.shape, generator=seeded(1)))
         state = State(settings, flow, build_optimizers(flow, settings.train), None, {})
         taken[mode] = peak(lambda state=state: train_step(state, x), CPU)
-        gradients[mode] = [p.grad for p in flow.parameters()]
     assert taken["reversible"] < taken["checkpoint"] < taken["store"]
-    torch.testing.assert_close(gradients["store"], gradients["checkpoint"])
-    torch.testing.assert_close(gradients["store"], gradients["reversible"], rtol=1e-3, atol=1e-5)

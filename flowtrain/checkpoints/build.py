@@ -20,7 +20,7 @@ from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer, RealValu
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.flow.variational import VariationalNoise
-from flowtrain.system.capacity import available
+from flowtrain.system.capacity import left
 from flowtrain.system.random import Stream
 from flowtrain.types import Shape
 
@@ -54,7 +54,7 @@ def build_flow(
         with torch.device("meta"), _Counting():
             sizes = _build(config, shape, num_bins)
     weights = sum(tensor.nbytes for tensor in (*sizes.parameters(), *sizes.buffers()))
-    free = available(torch.device("cpu"))
+    free = left(torch.device("cpu"))
     if copies * weights > free:
         also = f"and training needs {copies} times that; " if copies > 1 else ""
         raise UserError(

@@ -28,7 +28,7 @@ from flowtrain.checkpoints.description import Description, Origin
 from flowtrain.checkpoints.record import checked
 from flowtrain.errors import UserError, cut, short, shown
 from flowtrain.system import capacity, distributed
-from flowtrain.system.files import Piece, make_folder_of, read_regular, write_atomically
+from flowtrain.system.files import Piece, content_of, make_folder_of, write_atomically
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -49,7 +49,7 @@ _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 class Checkpoint:
     """A checkpoint's file, its description, and its tensors: `model.*`, `ema.*`, `optimizer.*`.
 
-    `meta` has the keys of `Description` that the file has.
+    `meta` has the keys of `Description`, with their defaults for those that the file lacks.
     """
 
     path: Path
@@ -133,7 +133,7 @@ def write(path: Path, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 def read(path: Path) -> Checkpoint:
     """Reads a checkpoint. Raises `UserError` if it is missing, damaged, or not a checkpoint."""
-    return _parse(path, _bytes(path))
+    return _parse(path, content_of(path, largest()))
 
 
 def read_by_main(find: Callable[[], Path | None]) -> Checkpoint | None:
@@ -141,19 +141,13 @@ def read_by_main(find: Callable[[], Path | None]) -> Checkpoint | None:
     path = distributed.from_main(lambda: None if (found := find()) is None else str(found))
     if path is None:
         return None
-    return _parse(Path(path), distributed.bytes_from_main(lambda: _bytes(Path(path))))
+    file = Path(path)
+    return _parse(file, distributed.bytes_from_main(lambda: content_of(file, largest())))
 
 
 def largest() -> int:
     """The size in bytes of the largest file that is read. The tensors take as much again."""
     return capacity.total() // 2
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return read_regular(path, largest())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _parse(path: Path, data: bytes) -> Checkpoint:
@@ -194,7 +188,7 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
             f"flowtrain {flowtrain.__version__}, which reads format {FORMAT}: use that version, or "
             f"train again"
         )
-    meta = checked(Description, described, invalid).model_dump(exclude_unset=True)
+    meta = checked(Description, described, invalid).model_dump()
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, KeyError, RuntimeError) as error:  # KeyError: of a dtype

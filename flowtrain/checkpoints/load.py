@@ -23,7 +23,7 @@ from flowtrain.foreign import file as foreign
 NAMED = 3  # tensors in a message
 
 
-def find(model: str | None, runs: Path = Path("runs")) -> Path:
+def find(model: str | None) -> Path:
     """The checkpoint file of a command line's `MODEL`.
 
     That is the file itself, the best (else the last) checkpoint of a run directory, a trained model
@@ -32,7 +32,7 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     """
     if model is not None and model.startswith(hub.PREFIX):
         return hub.download(model)
-    path = _newest(runs) if model is None else Path(model)
+    path = _newest() if model is None else Path(model)
     if not _is_there(path):
         if model in (trained := zoo.names()):
             return zoo.verified(model)
@@ -50,17 +50,16 @@ def find(model: str | None, runs: Path = Path("runs")) -> Path:
     return files[0]
 
 
-def _newest(runs: Path) -> Path:
+def _newest() -> Path:
     """The run directory whose checkpoint was written last."""
     written = {
         run: max(file.stat().st_mtime_ns for file in files)
-        for run in runs.glob("*")
+        for run in Path("runs").glob("*")
         if (files := _checkpoints_of(run))
     }
     if not written:
         raise UserError(
-            f"no MODEL given, and there is no run under {runs}/: give a checkpoint or a run "
-            f"directory"
+            "no MODEL given, and there is no run under runs/: give a checkpoint or a run directory"
         )
     return max(written, key=lambda run: written[run])
 
@@ -113,7 +112,7 @@ class LoadedModel:
         if foreign.is_foreign(str(self.checkpoint.path)):
             raise UserError(f"{self.checkpoint.path}: a flow of other code, without a checkpoint")
         meta = {key: self.checkpoint.meta[key] for key in ("config", "shape", "levels", "step")}
-        data = {**_named(meta["config"]["data"]), "root": "data"}
+        data = {**_named(meta["config"].get("data", {})), "root": "data"}
         meta["config"] = {**meta["config"], "data": data}
         stored = self.checkpoint.part("ema" if self.weights == "ema" else "model")
         return meta, {f"model.{name}": tensor for name, tensor in stored.items()}
@@ -150,7 +149,7 @@ def _require_weights(
     if not state:
         why = "has none (train.ema was 0); use --weights raw" if part == "ema" else "has none"
         raise UserError(f"--weights {chosen}: {checkpoint.path} {why}")
-    if checkpoint.meta.get("progress") is None:  # a model alone may be in half precision
+    if checkpoint.meta["progress"] is None:  # a model alone may be in half precision
         half = {name: value for name, value in state.items() if value.dtype == torch.float16}
         state |= {name: value.float() for name, value in half.items()}
     require_tensors(checkpoint.path, state, flow.state_dict())
@@ -252,7 +251,8 @@ def _sides(flow: Flow, config: Config) -> int:
 
 def model_hash(model: LoadedModel) -> str:
     """SHA-256 of the model's options, shape, levels, and the weights in use."""
-    described = {key: model.checkpoint.meta["config"][key] for key in ("model", "dequantization")}
+    config = model.checkpoint.meta["config"]
+    described = {key: config.get(key, {}) for key in ("model", "dequantization")}
     described |= {"shape": list(model.flow.shape), "levels": model.flow.num_bins}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(model.flow.state_dict().items()):

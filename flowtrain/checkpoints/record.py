@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from flowtrain import config as configuration
 from flowtrain.errors import UserError, cut, shown
 from flowtrain.results import Evaluation, Row, Summary
-from flowtrain.system.files import read_regular
+from flowtrain.system.files import content_of
 
 # In bytes. A row of metrics takes some twenty times as much memory as its line.
 LONGEST_METRICS = 2**27
@@ -90,10 +90,9 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def _text(path: Path, limit: int = LONGEST_JSON) -> str:
     try:
-        return read_regular(path, limit).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: cannot be read: {reason}") from error
+        return content_of(path, limit).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 Kind = TypeVar("Kind", bound=BaseModel)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,14 +18,8 @@ from flowtrain.system.random import Stream, generator, uniform
 MOST_INITIALIZATION_IMAGES = 1024
 
 
-class Position(Protocol):
-    """How far a run is: the images that all processes have used."""
-
-    images: int
-
-
 class Batches:
-    """The batches of a training run, on the training device, as a function of its progress.
+    """The batches of a training run, on the training device, as a function of the images used.
 
     The order is one seeded permutation of the split after another. A step takes the next images of
     this order, `batch_size` for each process, by rank. A split that fits into `data.max_in_memory`
@@ -57,11 +50,11 @@ class Batches:
         self._reader = ReadAhead(self._read, self.all_processes, config.data.workers)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def at(self, progress: Position) -> tuple[Tensor, Tensor | None]:
-        """This process's augmented images of the next step, uint8 or float32 `(B, C, H, W)`. Their
-        classes, int64 `(B,)`, come with them if the model is class-conditional.
+    def at(self, images: int) -> tuple[Tensor, Tensor | None]:
+        """This process's augmented images of the step after `images` of the order are used, uint8
+        or float32 `(B, C, H, W)`. Their classes, int64 `(B,)`, come with them if the model is
+        class-conditional.
         """
-        images = progress.images
         if self.resident is None:
             x = self._reader(images).to(self.device, non_blocking=True)
         else:

@@ -8,7 +8,7 @@ import numpy as np
 
 from flowtrain import config as configuration
 from flowtrain.config import Data as DataConfig
-from flowtrain.datasets import folder, npz, vectors
+from flowtrain.datasets import folder, vectors
 from flowtrain.datasets.base import Images
 from flowtrain.errors import UserError, did_you_mean
 from flowtrain.types import Shape
@@ -69,11 +69,8 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     if (config.name, path) == (own.name, own.options().get("path", Path())):
         return None
     if config.name in ("npz", "vectors"):
-        images: Images = (
-            npz.build(config.root, "train", **options)
-            if config.name == "npz"
-            else vectors.build(config.root, "test", **options)
-        )
+        build = configuration.component(DataConfig, config.name).build
+        images: Images = build(config.root, "test", **options)
         if images.rows is None:  # it has x_test
             return None
         return dataclasses.replace(images, rows=None, labels=None)

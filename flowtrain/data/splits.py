@@ -100,8 +100,8 @@ class DataSet:
         else:
             build = configuration.component(DataConfig, config.name).build
             options = {"seed": config.split_seed, **config.options()}
-            self.train_images = build(Path(config.root), "train", **options)
-            self.test_images = build(Path(config.root), "test", **options)
+            self.train_images = build(config.root, "train", **options)
+            self.test_images = build(config.root, "test", **options)
         self.shape = self.train_images.shape
         if self.test_images.shape != self.shape:
             raise UserError(
@@ -148,9 +148,9 @@ class DataSet:
 
     @cached_property
     def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        count, first = len(self._training.rows), self._training.first
+        first = self._training.first
         try:
-            return base.hold_out(count, self.config.validation, self.config.split_seed, first)
+            return base.hold_out(first, self.config.validation, self.config.split_seed)
         except UserError as error:
             raise UserError(f"data.validation: {error}") from error
 

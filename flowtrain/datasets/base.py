@@ -129,27 +129,24 @@ def duplicates(first: np.ndarray) -> int:
     return int((first != np.arange(len(first))).sum())
 
 
-def hold_out(
-    n: int, held: int | float, seed: int, first: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits range(n) into two sorted index arrays (kept, held), a function of the seed.
+def hold_out(first: np.ndarray, held: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits N examples into two sorted arrays of indices (kept, held), a function of the seed.
 
-    `held` is a count, or a fraction below 1, which is rounded to at least one image. `first` is the
-    result of `first_equal`: equal images go to the same side. They are held out if the count has
-    room for all of them, and otherwise kept. If there is room for none, the smallest group of equal
-    images is held out. If all images are equal, they are split like others.
+    `first` `(N,)` is the result of `first_equal`: equal images go to the same side. They are held
+    out if the count has room for all of them, and otherwise kept. If there is room for none, the
+    smallest group of equal images is held out. If all images are equal, they are split like others.
+    `held` is a count from 0, or a fraction below 1, which is rounded to at least one image.
 
-    Raises UserError if `held` is neither, or if nothing would be kept.
+    Raises UserError if a count is no whole number, or if nothing would be kept.
     """
-    if seed < 0:
-        raise UserError(f"seed is {seed}: give a whole number that is not negative")
-    if not held >= 0 or (held >= 1 and held != int(held)):
+    n = len(first)
+    if held >= 1 and held != int(held):
         raise UserError(f"cannot hold out {held} images: give a count, or a fraction below 1")
     count = int(held) if held >= 1 or held == 0 else max(1, round(n * held))
     if count >= n:
         raise UserError(f"cannot hold {shown(count)} of {n} images out: none is left to train on")
     order = frozen_random(seed).permutation(n)
-    if first is None or not duplicates(first) or not first.any():
+    if not first.any():
         return np.sort(order[count:]), np.sort(order[:count])
     sizes = np.bincount(first, minlength=n)  # of the groups of equal images, at their first one
     groups = first[order]
@@ -171,7 +168,7 @@ def part_of(first: np.ndarray, part: Part, seed: int) -> np.ndarray:
     """The indices of a part of examples whose test split is a seeded tenth. `first` is from
     `first_equal`.
     """
-    kept, held = hold_out(len(first), 0.1, seed, first)
+    kept, held = hold_out(first, 0.1, seed)
     return kept if part == "train" else held
 
 

@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import secrets
 import shutil
 import sys
 import time
@@ -25,7 +24,13 @@ import numpy as np
 from flowtrain.datasets import base
 from flowtrain.datasets.base import Pixels
 from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
-from flowtrain.system.files import read_regular, require_regular, write_atomically
+from flowtrain.system.files import (
+    new_folder,
+    read_regular,
+    remove_left_overs,
+    require_regular,
+    write_atomically,
+)
 from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
@@ -33,7 +38,6 @@ log = logging.getLogger("flowtrain")
 CHUNK = 256  # images decoded ahead of the one being written
 LONGEST_INDEX = 2**28  # bytes; a data set of a million unreadable images has fewer
 LISTED = 50  # unreadable images named in a message; the cache's index.json has all of them
-ABANDONED = 24 * 3600  # seconds after which an unfinished cache of another process is removed
 THREADS = min(16, os.cpu_count() or 1)  # Pillow decodes, and hashlib hashes, without the GIL
 DIGEST = 16  # bytes of a digest
 
@@ -184,34 +188,23 @@ def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict
     Raises `UserError` if no image can be read or the cache cannot be written, and what the
     functions of `source` raise.
     """
-    temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        _remove_abandoned(target.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_overs(target.parent)
         log.info("decoding %d images of %s, once, into %s", len(source.names), source.where, target)
-        unreadable = _write(temporary / "images.npy", source, shape)
-        count = len(source.names) - len(unreadable)
-        if not count:
-            listed = "; ".join(f"{name}: {why}" for name, why in list(unreadable.items())[:3])
-            raise UserError(f"{source.option}: no image in {source.where} can be read ({listed})")
-        readable = np.arange(len(source.names))
-        if unreadable:
-            readable = np.flatnonzero([str(name) not in unreadable for name in source.names])
-        for name, data in source.also(readable).items():
-            (temporary / name).write_bytes(sealed(data))
-        index = {"source": source.where, "count": count, "unreadable": unreadable}
-        (temporary / "index.json").write_text(json.dumps(index, indent=1))
-        try:
-            temporary.rename(target)
-        except OSError:  # it exists: another process was faster, or it is the damaged one
-            if opened(target, source.names, shape) is None:
-                shutil.rmtree(target, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    temporary.rename(target)
-        # If yet another process was faster, the open map holds our copy, even without its name.
-        made = opened(target, source.names, shape) or opened(temporary, source.names, shape)
-        assert made is not None
-        return made
+        with new_folder(target) as temporary:
+            _fill(temporary, source, shape)
+            try:
+                temporary.rename(target)
+            except OSError:  # it exists: another process was faster, or it is the damaged one
+                if opened(target, source.names, shape) is None:
+                    shutil.rmtree(target, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        temporary.rename(target)
+            # If yet another process was faster, the open map holds our copy, even without its name.
+            made = opened(target, source.names, shape) or opened(temporary, source.names, shape)
+            assert made is not None
+            return made
     except OSError as error:
         if is_disk_full(error):
             raise disk_full(target.parent, error) from None
@@ -219,16 +212,19 @@ def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict
             f"the image cache {target.parent} cannot be written ({short(error)}): set the "
             "environment variable FLOWTRAIN_CACHE to a folder that can"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    for entry in folder.glob("*.tmp"):
-        with contextlib.suppress(OSError):
-            newest = max(path.stat().st_mtime for path in [entry, *entry.iterdir()])
-            if time.time() - newest > ABANDONED:
-                shutil.rmtree(entry)
+def _fill(folder: Path, source: Source, shape: Shape) -> None:
+    """Writes all files of a cache. Raises `UserError` if no image can be read."""
+    unreadable = _write(folder / "images.npy", source, shape)
+    readable = np.flatnonzero([str(name) not in unreadable for name in source.names])
+    if not len(readable):
+        listed = "; ".join(f"{name}: {why}" for name, why in list(unreadable.items())[:3])
+        raise UserError(f"{source.option}: no image in {source.where} can be read ({listed})")
+    for name, data in source.also(readable).items():
+        (folder / name).write_bytes(sealed(data))
+    index = {"source": source.where, "count": len(readable), "unreadable": unreadable}
+    (folder / "index.json").write_text(json.dumps(index, indent=1))
 
 
 def _write(path: Path, source: Source, shape: Shape) -> dict[str, str]:

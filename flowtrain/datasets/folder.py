@@ -65,9 +65,7 @@ def build(
     Raises UserError for a folder without images, for sizes that differ under `exact`, and if the
     cache cannot be written.
     """
-    folder = Path(path).expanduser().resolve()
-    if size < 1:
-        raise UserError(f"data.size is {size}: give the side of the images in pixels")
+    folder = path.resolve()
     files, divided = _files(folder, split)
     shape: Shape = (channels, size, size)
     options = json.dumps([1, channels, size, resize])  # 1: the version of the cache

@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from flowtrain.datasets import base, cache
 from flowtrain.datasets.base import Images, Part
 from flowtrain.errors import UserError
 from flowtrain.system.arrays import array_of, header_of
-from flowtrain.system.files import open_regular
+from flowtrain.system.files import new_folder, open_regular
 from flowtrain.types import Shape
 
 log = logging.getLogger("flowtrain")
@@ -139,7 +138,7 @@ def images(root: Path, split: Part, side: int, version: Version) -> Images:
     `UserError` if files are missing, or are not the official ones.
     """
     edition = EDITIONS[side, version]
-    home = Path(root).expanduser().resolve() / f"imagenet{side}"
+    home = root.resolve() / f"imagenet{side}"
     count, shape = edition.counts[split], (3, side, side)
 
     def target() -> Path:
@@ -300,7 +299,7 @@ def _in_tar(path: Path) -> Iterator[tuple[list[Member], Encoded]]:
                     members.append((Path(info.name).name, info.offset_data, info.size))
 
         def encoded(member: Member) -> bytes:
-            with open_regular(path) as own:  # a position of its own, for threads
+            with _reading(path), open_regular(path) as own:  # a position of its own, for threads
                 own.seek(member[1])
                 return own.read(member[2])
 
@@ -335,10 +334,9 @@ def _in_zips(archives: Sequence[Path]) -> Iterator[Path]:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             found = [name for name in archive.namelist() if name.endswith(".npz")]
             for name in sorted(found, key=_number):
-                # `cache.filled` removes folders of this suffix after a kill.
-                there = cache.place() / "imagenet"
-                with tempfile.TemporaryDirectory(dir=there, suffix=".tmp") as folder:
-                    unpacked = Path(folder, Path(name).name)
+                file_name = Path(name).name
+                with new_folder(cache.place() / "imagenet" / file_name) as folder:
+                    unpacked = folder / file_name
                     with archive.open(name) as member, unpacked.open("wb") as out:
                         shutil.copyfileobj(member, out, READ)
                     yield unpacked

@@ -22,6 +22,7 @@ from flowtrain.types import Shape
 log = logging.getLogger("flowtrain")
 
 KEYS = ("x_train", "x_test", "y_train", "y_test")
+PART = re.compile(rf"({'|'.join(KEYS)})(?:-([0-9]+))?\.npy")  # a file in a folder
 UNNAMED = "arr_0"  # by `np.savez(path, images)`, as in the files of samples of the ADM suite
 MAPPED = 2**26  # bytes; arrays that are at least as large are mapped
 KEY = "data.path: "  # before messages
@@ -40,7 +41,6 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
     Before their first use, all bytes are read, compared with the checksum of the .npz file, and
     hashed. `read` takes any other array into memory. Raises `UserError`. `root` is not used.
     """
-    path = Path(path).expanduser()
     arrays = _arrays(path)
     if "x_train" not in arrays:
         there = ", ".join(sorted(arrays)) or "nothing"
@@ -128,19 +128,16 @@ def _arrays_of_folder(folder: Path) -> dict[str, list[Stored]]:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise UserError(f"data.path: {folder} cannot be listed ({short(error)})") from None
-    found: dict[str, list[Stored]] = {}
-    for name in sorted((n for n in names if n[0] != "." and n.endswith(".npy")), key=_natural):
-        key = next((key for key in KEYS if name.startswith(key)), None)
-        if key is None:
-            found.setdefault(name, [])
-        else:
-            found.setdefault(key, []).append(ArrayFile(folder / name, KEY).header(ONLY))
+    files = [name for name in names if name[0] != "." and name.endswith(".npy")]
+    parts = {name: match for name in files if (match := PART.fullmatch(name))}
+    found: dict[str, list[Stored]] = {name: [] for name in files if name not in parts}
+    for name in sorted(parts, key=lambda name: (int(parts[name][2] or 0), name)):
+        header = ArrayFile(folder / name, KEY).header(ONLY)
+        found.setdefault(parts[name][1], []).append(header)
+    both = [key for key in KEYS if f"{key}.npy" in parts and len(found[key]) > 1]
+    if both:
+        raise UserError(f"data.path: {folder} has {both[0]}.npy and parts of it: remove either")
     return found
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key of sorting that puts part 2 before part 10."""
-    return [(int(w), w) if w.isdigit() else (-1, w) for w in re.split(r"([0-9]+)", name)]
 
 
 def _counted(parts: list[Stored], layout: Layout) -> tuple[int, Shape]:

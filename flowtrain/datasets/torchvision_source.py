@@ -142,7 +142,7 @@ def images(
     `read` maps the class and `root` to the images, uint8 (N, C, H, W), and to their classes from 0.
     `urls` maps the class to the addresses from which it downloads, for messages.
     """
-    home = Path(root).expanduser().resolve()
+    home = root.resolve()
     place = home / files.folder
 
     def at_hand() -> bool:

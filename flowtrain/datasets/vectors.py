@@ -35,7 +35,6 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path) -> Images:
             one array. A CSV file may begin with a line of names. Without x_test, a seeded
             tenth of the rows is the test split.
     """
-    path = Path(path).expanduser()
     own_test = False
     part: Part = "train"
     read_values: Callable[[], np.ndarray]

@@ -133,7 +133,8 @@ def machine(device: torch.device) -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = next((line for line in lines if line.startswith("flags")), "")
     wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
-    return f"{names[0] if names else platform.machine()} ({', '.join(wide)})"
+    name = names[0] if names else platform.machine()
+    return f"{name} ({', '.join(wide)})" if wide else name
 
 
 def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> None:
@@ -161,3 +162,5 @@ def synchronize(device: torch.device) -> None:
     """Waits until a GPU has computed all that it was given."""
     if device.type in NUMBERED:
         torch.get_device_module(device).synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

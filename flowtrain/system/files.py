@@ -276,6 +276,14 @@ def read_regular(path: Path, limit: int) -> bytes:
         return file.read(size)
 
 
+def content_of(path: Path, limit: int) -> bytes:
+    """As `read_regular`, but raises `UserError`."""
+    try:
+        return read_regular(path, limit)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 MAX_NAME_BYTES = 255  # of a file or folder
 DEEPEST = 100  # folders in each other
 
@@ -339,7 +347,7 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
     with _naming(out):
         home = out if there else out.parent
         home.mkdir(parents=True, exist_ok=True)
-        with _temporary(home / out.name, _new_folder) as (temporary, _, _):
+        with new_folder(home / out.name) as temporary:
             for name, data in files:
                 names.append(name)
                 with _naming(out / name):
@@ -354,9 +362,18 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
                 (temporary / name).rename(out / name)
 
 
-def _new_folder(path: Path) -> int | None:
-    path.mkdir()
-    return open_folder(path)
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, locked while it is filled. It is removed at the end unless
+    it was renamed, and after a kill by `remove_left_overs`.
+    """
+
+    def new(temporary: Path) -> int | None:
+        temporary.mkdir()
+        return open_folder(temporary)
+
+    with _temporary(path, new) as (temporary, _, _):
+        yield temporary
 
 
 class PerhapsUnread:

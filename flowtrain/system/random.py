@@ -24,14 +24,12 @@ class Stream(enum.IntEnum):
     POSTERIOR = 8
 
 
-def generator(
-    seed: int, stream: Stream, *key: int, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    """A generator that depends on its arguments alone. `key` is for example the step, or an image's
-    index. So a checkpoint needs no generator state.
+def generator(seed: int, stream: Stream, *key: int) -> torch.Generator:
+    """A generator of the CPU that depends on its arguments alone. `key` is for example the step, or
+    an image's index. So a checkpoint needs no generator state.
     """
     state = np.random.SeedSequence([seed, int(stream), *key]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))
+    return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
 @contextmanager

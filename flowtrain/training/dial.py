@@ -64,9 +64,11 @@ def configured(
     length = configuration.parse({"train": {"budget": budget}}, "--budget").train.budget
     assert length is not None
     path = run_dir / "config.yaml"
-    if not distributed.from_main(path.exists):
+    # The run directory may be that of one machine alone.
+    values = distributed.from_main(lambda: configuration.load_yaml(path) if path.exists() else None)
+    if values is None:
         return choose(name, length, purpose, settings, device)
-    values, where = configuration.load_yaml(path), f"DATA {name}"
+    where = f"DATA {name}"
     chosen = configuration.parse(values, str(path), trust_code=True).train
     lengths = [] if chosen.budget is None else [f"train.budget={length}"]
     model = dict(FAMILIES[purpose].sizes["colour"][0].model)

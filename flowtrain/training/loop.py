@@ -125,7 +125,7 @@ def _loop(
     while not (state.progress.finished or stopped):
         run.saving.raise_error()
         progress = state.progress  # another object after a rollback
-        x, labels = batches.at(progress)
+        x, labels = batches.at(progress.images)
         loss, grad_norm = train_step(state, x, labels)
         rate = learning_rate(config, progress.step, metrics.seconds) * progress.lr_scale
         state.set_learning_rate(rate)
@@ -191,7 +191,7 @@ def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMe
     """
     now = state.progress
     state.progress = dataclasses.replace(now, step=failed.step, images=failed.images)
-    x, labels = batches.at(state.progress)
+    x, labels = batches.at(state.progress.images)
     if not failed.finite:
         train_step(state, x, labels)  # the gradient may be that of the step after it
     noise = dequantization_noise(state.config, failed.images + distributed.rank() * len(x), x)

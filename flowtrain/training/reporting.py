@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from functools import singledispatch
+import statistics
 from typing import Any, Literal
 
 import torch
@@ -98,7 +98,7 @@ def log(state: State, run: RunDirectory, grad_norm: float, rate: float, clock: C
     progress.window_loss, progress.window_steps = 0.0, 0
     speed = clock.images_per_second(begin_anew=True)
     figures: dict[str, Any] = {"grad_norm": grad_norm, "lr": rate, "images_per_second": speed}
-    figures |= _losses(state.flow, loss) | _of_layers(state.flow)
+    figures |= _losses(state.flow, loss) | solver_metrics(state.flow)
     run.log(_row(progress, "train", **figures))
     if not console.is_terminal:
         clipped = f" (clipped to {config.clip_norm:g})" if 0 < config.clip_norm < grad_norm else ""
@@ -128,25 +128,17 @@ def _steps(state: State) -> str:
     return f"{state.progress.step}" + ("" if num_steps is None else f"/{num_steps}")
 
 
-@singledispatch
-def metrics(layer: nn.Module) -> dict[str, float]:
-    """Numbers about the last forward pass of a layer, for the training rows of `metrics.jsonl`."""
-    return {}
-
-
-@metrics.register
-def _(layer: Continuous) -> dict[str, float]:
-    evaluations = float(layer.evaluations)
-    return {"function_evaluations": evaluations, "rtol": layer.rtol, "atol": layer.atol}
-
-
-def _of_layers(flow: Flow) -> dict[str, float]:
-    """The metrics of the layers for the last step, averaged over layers."""
-    values: dict[str, list[float]] = {}
-    for layer in flow.modules():
-        for name, value in metrics(layer).items():
-            values.setdefault(name, []).append(value)
-    return {name: sum(found) / len(found) for name, found in values.items()}
+def solver_metrics(flow: nn.Module) -> dict[str, float]:
+    """The function evaluations of the last forward pass and the tolerances, averaged over the
+    continuous layers; empty without such layers.
+    """
+    found = [
+        (float(layer.evaluations), layer.rtol, layer.atol)
+        for layer in flow.modules()
+        if isinstance(layer, Continuous)
+    ]
+    means = map(statistics.fmean, zip(*found, strict=True))
+    return dict(zip(("function_evaluations", "rtol", "atol"), means, strict=False))
 
 
 @distributed.main_only

@@ -82,10 +82,12 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
             raise
         if not distributed.is_main():
             distributed.barrier()  # process 0, which has the files, ends all with its message
+        if not run.last.exists():
+            raise
         raise UserError(f"{error}\n{_sound_checkpoints(run)}") from error
     if saved is None:
         return None
-    if saved.meta.get("progress") is None:
+    if saved.meta["progress"] is None:
         raise UserError(
             f"{saved.path}: it holds a model, and nothing else of a run that could go on; "
             f"--init-from starts a run from its weights"
@@ -98,7 +100,7 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
         if there != here:
             raise _other_values(saved.path, [(f"{base.section}.name", there, here)])
     earlier = _earlier(saved)
-    before = _images_of_a_step(earlier.train, saved.meta.get("processes", 1))
+    before = _images_of_a_step(earlier.train, saved.meta["processes"])
     now = _images_of_a_step(config.train, distributed.world())
     free = FREE_KEYS | (SPLIT_KEYS if before == now else set())
     changed = [each for each in _changes(earlier, config) if each[0] not in free]
@@ -206,7 +208,7 @@ def start(
     ema = EMA(flow, config.train.ema) if config.train.ema else None
     state = State(config, flow, build_optimizers(flow, config.train), ema, fingerprint)
     if saved is not None:
-        changed = differences(saved.meta.get("data", {}), fingerprint)
+        changed = differences(saved.meta["data"], fingerprint)
         if changed:
             key, there, here = changed[0]
             raise UserError(
@@ -214,7 +216,7 @@ def start(
                 f"{shown(there)} and is {shown(here)}"
             )
         state.restore(saved)
-        if state.flow.device.type == "cpu" and (threads := saved.meta.get("threads")):
+        if state.flow.device.type == "cpu" and (threads := saved.meta["threads"]):
             as_before(threads)
         # A checkpoint that the user names may belong to a shorter or longer schedule.
         ended = state.reached_end(state.progress.seconds)
@@ -283,7 +285,7 @@ def _new_division(state: State, saved: Checkpoint) -> list[str]:
     `train.batch_size` or `train.accumulate`.
     """
     now, world = state.config.train, distributed.world()
-    before, processes = _earlier(saved).train, saved.meta.get("processes", 1)
+    before, processes = _earlier(saved).train, saved.meta["processes"]
     if (processes, before.batch_size, before.accumulate) == (world, now.batch_size, now.accumulate):
         return []
     there, here = _images_of_a_step(before, processes), _images_of_a_step(now, world)

@@ -22,6 +22,7 @@ from flowtrain.system import capacity, distributed
 from flowtrain.system.console import console
 from flowtrain.system.files import (
     append_regular,
+    content_of,
     lock,
     open_folder,
     read_regular,
@@ -214,13 +215,8 @@ class RunDirectory:
 
     def _read(self, path: Path) -> bytes:
         """The content of a file of lines, nothing if it is missing. Raises `UserError`."""
-        try:
-            # Its lines, one by one, take a few times as much.
-            return read_regular(path, capacity.total() // 16)
-        except FileNotFoundError:
-            return b""
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        # Its lines, one by one, take a few times as much.
+        return content_of(path, capacity.total() // 16) if path.exists() else b""
 
     @distributed.main_only
     def chart(self, values: Mapping[str, float], step: int) -> None:

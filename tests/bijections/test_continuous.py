@@ -97,7 +97,7 @@ def test_more_evaluations_for_less_error():
             assert layer.evaluations == len(calls)
         counts.append(layer.evaluations)
         expected = {"function_evaluations": len(calls), "rtol": tolerance, "atol": tolerance}
-        assert reporting.metrics(layer) == expected
+        assert reporting.solver_metrics(layer) == expected
     assert counts[0] < counts[1] < counts[2]
     layer = layer_of(4, scale=1.0, rtol=1e-2, atol=1e-2)
     assert torch.equal(layer.reconstruct(x)[0], layer.inverse(x)[0])

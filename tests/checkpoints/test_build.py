@@ -1,5 +1,7 @@
 """The size of a model is known, and refused where it cannot fit, before the model is built."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from catalogue import SPHERE, TINY
@@ -10,6 +12,7 @@ from flowtrain.checkpoints import build
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
+from flowtrain.system import capacity, distributed
 
 SHAPE = (1, 4, 4)
 IMAGES = [{"name": name, **options} for name, options in TINY.items()]
@@ -42,16 +45,19 @@ def test_the_weights_are_those_of_the_seed():
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("copies, fits", [(1, True), (3, True), (4, False)])
-def test_a_model_that_cannot_fit_is_refused_with_its_size(copies, fits, monkeypatch):
+@pytest.mark.parametrize(
+    "copies, processes, refused",
+    [(1, 1, None), (3, 1, None), (4, 1, "and training needs 4 times that; "), (1, 4, "")],
+)
+def test_a_model_that_cannot_fit_is_refused_with_its_size(copies, processes, refused, monkeypatch):
+    """The processes of a machine share its memory."""
     config = a_config({"name": "nice", "couplings": 4, "width": 1000, "hidden_layers": 1})
     flow = build_flow(config, SHAPE, 256)
     weights = sum(t.nbytes for t in (*flow.parameters(), *flow.buffers()))
-    monkeypatch.setattr(build, "available", lambda device: 3.5 * weights)
-    if fits:
-        build_flow(config, SHAPE, 256, copies)
-        return
-    with pytest.raises(UserError, match=r"weights take 0\.0 GiB, .* 4 times that; 0\.0 GiB are"):
+    monkeypatch.setattr(capacity, "available", lambda device: 3.5 * weights)
+    monkeypatch.setattr(distributed, "local_world", lambda: processes)
+    error = pytest.raises(UserError, match=rf"weights take 0\.0 GiB, {refused}0\.0 GiB are avail")
+    with nullcontext() if refused is None else error:
         build_flow(config, SHAPE, 256, copies)
 
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import a_config, batch_of, npz, seeded
+from helpers import a_config, npz, seeded
 from PIL import Image
 
 from flowtrain.data.batches import Batches, ReadAhead, augment
@@ -16,7 +16,6 @@ from flowtrain.data.splits import DataSet
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
 from flowtrain.system import capacity, distributed
-from flowtrain.training.step import dequantization_noise
 
 CPU = torch.device("cpu")
 
@@ -27,7 +26,7 @@ def batches(section, batch_size=6, seed=0):
 
 
 def first(source, count, start=0):
-    return [batch_of(source, step)[0] for step in range(start, start + count)]
+    return [source.at(step * source.all_processes)[0] for step in range(start, start + count)]
 
 
 def data_set(section):
@@ -97,7 +96,7 @@ def test_a_batch_is_divided_among_the_processes(as_process, tmp_path, streamed):
     def batch(rank, world, used, size=24, options=streamed):
         as_process(rank, world)
         source = batches({**section, **options}, size // world)
-        found = batch_of(source, None, used)[0], source.first_of_all(64)
+        found = source.at(used)[0], source.first_of_all(8)
         source.close()
         return found
 
@@ -120,16 +119,6 @@ def test_the_order_goes_on_with_another_number_of_processes(as_process, numbered
                 as_process(rank, world)
                 order += batches(numbered, size).positions(used).tolist()
     assert sorted(order) == list(range(20))
-
-
-def test_noise_of_a_part():
-    config = a_config()
-    x = torch.zeros(40, 1, 2, 2)
-    whole = dequantization_noise(config, 70, x)
-    assert whole.shape == x.shape and len(whole.unique()) > 0.99 * x.numel()
-    for begins, ends in [(0, 5), (19, 21), (7, 40)]:
-        part = dequantization_noise(config, 70 + begins, x[begins:ends])
-        assert torch.equal(part, whole[begins:ends])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -241,13 +230,3 @@ def test_only_training_images_are_augmented(numbered):
     x = torch.cat(first(source, 4))
     assert not (x[..., :4] == x[..., :1]).all()
     assert torch.equal(source.resident, resident)  # it is not written into
-    # Augmentation differs from step to step.
-    epochs = [torch.cat(first(batches(section, batch_size=16), 1, step)) for step in (0, 1)]
-    by_image = [x[torch.tensor(ids(x)).argsort()] for x in epochs]
-    assert not torch.equal(*by_image)
-
-
-def test_digits_are_the_default():
-    data = data_set({})
-    assert (data.shape, data.num_bins) == ((1, 8, 8), 17)
-    assert [len(data.split(name)) for name in ("train", "validation", "test")] == [1455, 162, 180]

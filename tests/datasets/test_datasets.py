@@ -1,5 +1,6 @@
 """What all data sets promise: their description, images, classes, caches, and messages."""
 
+import errno
 import functools
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from helpers import REPOSITORY
 from PIL import Image
 
 from flowtrain.config import Data, component_names
-from flowtrain.datasets import base, cache
+from flowtrain.datasets import base, cache, imagenet
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
 
@@ -265,6 +266,22 @@ def test_damage_is_one_message(form, file, damage, message, tmp_path, monkeypatc
         form("test" if file[0] in "tvI" else "train").read()
     assert str(raised.value).startswith("data.") and "\n" not in str(raised.value)
     assert not list(cache.place().rglob("index.json")) and not Path("executed").exists()
+
+
+@forms("oord2016")
+def test_an_archive_that_fails_later_is_named(form, monkeypatch):
+    """And not the cache, which may be on a sound disk."""
+    opened, open_regular = [], imagenet.open_regular
+
+    def failing(path):
+        opened.append(path)
+        if len(opened) > 2:  # after the checksum and the list of files
+            raise OSError(errno.EIO, "Input/output error")
+        return open_regular(path)
+
+    monkeypatch.setattr(imagenet, "open_regular", failing)
+    with pytest.raises(UserError, match=r"train_32x32.tar cannot be read \(.*Input/output error"):
+        form().read()
 
 
 def test_the_files_of_another_version_are_named(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import io
 import os
 import shutil
@@ -16,7 +15,7 @@ from PIL import Image
 
 from flowtrain.datasets import base, cache, folder
 from flowtrain.errors import RunError, UserError
-from flowtrain.system import distributed
+from flowtrain.system import distributed, files
 
 
 def draw(path, size=(12, 12), mode="RGB", seed=0, **options):
@@ -84,17 +83,11 @@ def test_mixed_images_in_any_tree(tmp_path):
         assert np.allclose(values(images), [70, 20, 10, 30, 40, 51, 60, 80, 100], atol=1)
 
 
-def test_policies(tmp_path):
-    image = Image.new("L", (36, 12), 0)
-    image.paste(255, (12, 0, 24, 12))
-    draw(tmp_path / "a" / "test" / "t.png")
-    (tmp_path / "a" / "train").mkdir()
-    image.save(tmp_path / "a" / "train" / "a.png")
-    build = functools.partial(images_of, tmp_path / "a", size=12, channels=1)
-    assert check(build(resize="crop")).min() > 225
-    assert check(build(resize="stretch")).min() == 0
+def test_another_size_under_the_policy_exact(tmp_path):
+    draw(tmp_path / "train" / "a.png", (36, 12))
+    draw(tmp_path / "test" / "t.png")
     with pytest.raises(UserError, match=r"exact, but .*train/a.png: the image is 36x12 .* 12x12"):
-        build(resize="exact").read()
+        images_of(tmp_path, size=12, resize="exact").read()
 
 
 def test_a_stable_tenth_is_held_out(tmp_path):
@@ -151,21 +144,20 @@ def test_folders_of_train_and_test(tmp_path, folders, train, test):
 
 
 @pytest.mark.parametrize(
-    "make, size, message",
+    "make, message",
     [
-        (lambda p: None, 4, r"data.path: .*tree is no folder"),
-        (lambda p: p.write_text(""), 4, r"data.path: .*tree is not a folder"),
-        (lambda p: p.mkdir(), 4, r"data.path: there is no image in .*tree \(looked for .png"),
-        (lambda p: (p / "train").mkdir(parents=True), 4, r"no image in .*tree/train"),
-        (lambda p: draw(p / "test" / "a.png"), 4, r"no image in .*tree \("),
-        (lambda p: draw(p / "a.png"), 4, r"data.path: .*one image, which cannot be split"),
-        (grow, 0, r"data.size is 0"),
+        (lambda p: None, r"data.path: .*tree is no folder"),
+        (lambda p: p.write_text(""), r"data.path: .*tree is not a folder"),
+        (lambda p: p.mkdir(), r"data.path: there is no image in .*tree \(looked for .png"),
+        (lambda p: (p / "train").mkdir(parents=True), r"no image in .*tree/train"),
+        (lambda p: draw(p / "test" / "a.png"), r"no image in .*tree \("),
+        (lambda p: draw(p / "a.png"), r"data.path: .*one image, which cannot be split"),
     ],
 )
-def test_what_is_refused(tmp_path, make, size, message):
+def test_what_is_refused(tmp_path, make, message):
     make(tmp_path / "tree")
     with pytest.raises(UserError, match=message):
-        images_of(tmp_path / "tree", size=size)
+        images_of(tmp_path / "tree")
 
 
 @pytest.mark.parametrize("resize", ["crop", "stretch", "exact"])
@@ -260,12 +252,8 @@ def test_an_interruption_or_a_failing_disk_leaves_nothing(
 
 
 def test_left_overs_of_a_kill_and_two_processes_at_once(tree, monkeypatch):
-    old, recent = (cache.place() / "folder" / f"{name}.tmp" for name in ("old", "recent"))
-    for folder_ in (old, recent):  # the second may belong to a living process
-        folder_.mkdir(parents=True)
-        (folder_ / "images.npy").touch()
-    settle(old)
-    other, decode = images_of(tree), base.decode
+    other, decode, home = images_of(tree), base.decode, cache.place() / "folder"
+    (home / ".killed.0123abcd.tmp" / "images").mkdir(parents=True)
 
     def late(*args):  # the other process is faster
         monkeypatch.setattr(base, "decode", decode)
@@ -274,8 +262,9 @@ def test_left_overs_of_a_kill_and_two_processes_at_once(tree, monkeypatch):
 
     monkeypatch.setattr(cache, "THREADS", 1)
     monkeypatch.setattr(base, "decode", late)
-    assert values(images_of(tree)) == values(other) and base.decode is decode
-    assert len(caches()) == 2 and recent in caches()
+    with files.new_folder(home / "living") as living:
+        assert values(images_of(tree)) == values(other) and base.decode is decode
+        assert len(caches()) == 2 and living in caches()
 
 
 def test_the_place_of_the_cache(tmp_path, tree, monkeypatch):

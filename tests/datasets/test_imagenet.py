@@ -10,27 +10,21 @@ from typer.testing import CliRunner
 
 from flowtrain.checkpoints.load import load_model
 from flowtrain.cli.main import app
-from flowtrain.datasets import imagenet
 from flowtrain.tools.report import report
 from flowtrain.tools.report.compare import compare
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 
-NUMBERS = {"oord2016": (1_281_149, 49_999), "chrabaszcz2017": (1_281_167, 50_000)}
+VERSIONS = {"oord2016": oord, "chrabaszcz2017": chrabaszcz}
 
 
-@pytest.mark.parametrize("version", NUMBERS)
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("side", [32, 64])
 def test_description_before_anything_is_read(side, version, tmp_path):
     images = build(f"imagenet{side}", tmp_path / "none", "test", version=version)
     assert (images.shape, images.num_bins, images.flip) == ((3, side, side), 256, True)
     assert not images.at_hand() and not (tmp_path / "none").exists()
     assert images.edition.startswith(f"{version}: ImageNet {side}x{side}")
-    edition = imagenet.EDITIONS[side, version]
-    assert tuple(edition.counts.values()) == NUMBERS[version]
-    for archives in edition.archives.values():
-        for size, checksum in archives.values():
-            assert size > 10**8 and len(checksum) == 64
 
 
 @pytest.mark.run
@@ -38,7 +32,7 @@ def test_the_version_is_beside_every_figure(tmp_path, capsys, monkeypatch):
     """In the output of training and evaluation, in result files, report and comparison."""
     monkeypatch.chdir(tmp_path)
     paths = {}
-    for version, make in zip(NUMBERS, (oord, chrabaszcz), strict=True):
+    for version, make in VERSIONS.items():
         section = {**make(tmp_path, monkeypatch), "root": str(tmp_path), "validation": 0.2}
         config = a_config("nice", data=section, train={"num_steps": 1, "batch_size": 8})
         run = RunDirectory(tmp_path / version)

@@ -105,6 +105,7 @@ def test_arrays_that_do_not_fit(tmp_path, arrays, options, message):
         ("x_train-1.npy", noise(5, 8, 9, 3), r"x_train-1.npy has images of 8x9 .*-0.npy of 8x8"),
         ("x_train-1.npy", noise(5, 8, 8, 3) / 2, r"x_train-1.npy has the type float64"),
         ("x_test.npy", noise(5, 8, 7, 3), r"x_train are 8x8 .* x_test 8x7"),
+        ("x_train.npy", GOOD, "has x_train.npy and parts of it: remove either"),
         ("y_train.npy", np.arange(8), r"y_train in .* is int64 of shape \(8,\): .* 9 images"),
         ("y_train.npy", np.array([{}] * 9), "y_train.npy is damaged or not a plain .*Object"),
     ],
@@ -118,6 +119,13 @@ def test_a_folder_of_arrays_that_do_not_fit(tmp_path, name, array, message):
     np.save(tmp_path / name, array)
     with pytest.raises(UserError, match=message):
         build("train", path=tmp_path).labels()
+
+
+def test_other_files_in_a_folder_are_no_parts(tmp_path):
+    for name, array in (("x_train-0", GOOD), ("x_train-1", GOOD), ("x_train_old", 255 - GOOD)):
+        np.save(tmp_path / f"{name}.npy", array)
+    found = build("train", path=tmp_path).read()
+    assert np.array_equal(found, np.r_[GOOD, GOOD].transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(

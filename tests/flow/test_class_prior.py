@@ -7,7 +7,7 @@ import pytest
 import torch
 from catalogue import TINY, sets
 from cli_helpers import quick
-from helpers import a_config, batch_of, images, npz, perturb, seeded, tiny_flow
+from helpers import a_config, images, npz, perturb, seeded, tiny_flow
 from torch.distributions import Normal
 
 from flowtrain.bijections.context import Guided
@@ -161,14 +161,14 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
         monkeypatch.setattr(distributed, "group", group)
         batches = Batches(data, config, 7, CPU)
         for step in range(4, 16):  # over the end of the data
-            x, labels = batch_of(batches, step)
+            x, labels = batches.at(step * batches.all_processes)
             assert torch.equal(labels, (x[:, 0, 0, 0] % 3).long())
         batches.close()
     for name, count in [("train", 40), ("validation", 10), ("test", 20)]:
         split = data.split(name)
         assert len(split) == count
         assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long())
-    assert batch_of(Batches(data, a_config("glow", data=section), 7, CPU), 0)[1] is None
+    assert Batches(data, a_config("glow", data=section), 7, CPU).at(0)[1] is None
     with np.load(tmp_path / "a.npz") as arrays:  # without a test split of their own
         np.savez(tmp_path / "b.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
     split = DataSet(config.data.model_copy(update={"path": tmp_path / "b.npz"})).split("test")

@@ -111,6 +111,27 @@ def test_containers_rocm_and_warnings(machine, monkeypatch, recwarn):
     assert devices.resolve("auto") == torch.device("cpu") and not recwarn.list
 
 
+@pytest.mark.parametrize(
+    "cpuinfo, name",
+    [
+        ("model name\t: A B\nflags\t\t: sse avx2 amx_bf16\n", "A B (avx2, amx_bf16)"),
+        ("Features\t: fp asimd\n", "aarch64"),
+    ],
+)
+def test_the_name_of_a_processor(cpuinfo, name, monkeypatch):
+    monkeypatch.setattr(devices.Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr(devices.platform, "machine", lambda: "aarch64")
+    assert devices.machine(torch.device("cpu")) == name
+
+
+def test_apples_gpu_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for name in ("mps", "cpu"):
+        devices.synchronize(torch.device(name))
+    assert waited == ["mps"]
+
+
 def test_gpus_that_stay_unused(machine, monkeypatch):
     lines = []
     monkeypatch.setattr(devices.console, "print", lines.append)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from cli_helpers import quick
 from helpers import npz
 from PIL import Image
@@ -230,6 +231,15 @@ def test_another_budget_is_for_the_configuration_chosen_before(tmp_path, monkeyp
     assert chosen_before(tmp_path, ended, settings=["train.num_steps=99"]).train.num_steps == 99
     glow = CHOSEN.replace("causal", "glow")
     assert chosen_before(tmp_path, glow, settings=["model.name=glow"]).model.name == "glow"
+
+
+def test_one_process_reads_the_configuration_chosen_before(tmp_path, monkeypatch):
+    """The others may be on machines without the run directory."""
+    monkeypatch.chdir(tmp_path)
+    npz("x.npz")
+    monkeypatch.setattr(dial.distributed, "from_main", lambda function: yaml.safe_load(CHOSEN))
+    found = dial.configured("x.npz", "2h", "likelihood", (), tmp_path / "elsewhere", CPU)
+    assert (found.model.name, found.train.budget) == ("causal", 7200)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import struct
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ from helpers import a_config
 from PIL import Image
 
 from flowtrain.errors import UserError
-from flowtrain.system import distributed
 from flowtrain.training import loggers
 from flowtrain.training.loop import fit
 from flowtrain.training.resume import EXTEND
@@ -205,14 +203,6 @@ def test_a_run_that_never_finishes_is_given_up(tmp_path, anew, monkeypatch, caps
     assert first == second and wandb_points(tmp_path)[0]["a", 2] == 2.0
 
 
-def test_only_the_main_process_logs(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "is_main", lambda: False)
-    run = RunDirectory(tmp_path)
-    run.cut_back(0, a_config(train={"logger": ["tensorboard", "wandb"]}))
-    run.chart({"a": 1.0}, 1)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_copied_run_is_another_run(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -243,10 +233,3 @@ def test_a_logger_that_is_not_installed(tmp_path):
     done = quick(*command, cwd=tmp_path, first=hidden)
     done.failed(2, "train.logger: wandb needs the package wandb (the extra wandb): ")
     assert "reading" not in done.out and list(tmp_path.iterdir()) == []
-
-
-def test_an_old_version(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(__version__="0.9.12"))
-    with pytest.raises(UserError, match="needs version 0.31 .* 0.9.12 .* --upgrade wandb"):
-        loggers.require(["wandb"])
-    loggers.require(["tensorboard"])

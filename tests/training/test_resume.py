@@ -60,14 +60,13 @@ def put_back(run, step):
     last(run).hardlink_to(run / "checkpoints" / f"step-{step:08d}.safetensors")
 
 
-def rewritten(path, tensors=None, ema=None, **progress):
-    """A checkpoint with other tensors, another `train.ema` or other progress."""
+def rewritten(path, ema=None, **progress):
+    """A checkpoint with another `train.ema` or other progress."""
     saved = checkpoint_format.read(path)
-    meta = {key: saved.meta[key] for key in saved.meta.keys() - {"format", "versions"}}
-    meta["progress"] |= progress
-    meta["config"]["train"] |= {} if ema is None else {"ema": ema}
+    saved.meta["progress"] |= progress
+    saved.meta["config"]["train"] |= {} if ema is None else {"ema": ema}
     path.unlink()  # it may be one of two names for the same bytes
-    checkpoint_format.write(path, meta, saved.tensors | (tensors or {}))
+    checkpoint_format.write(path, saved.meta, saved.tensors)
 
 
 def steps_of(run):
@@ -139,14 +138,6 @@ def test_20_steps_are_10_and_10(name, tmp_path):
     assert left_overs(halves) == []
     steps = [scalar.step for scalar in events(halves).Scalars("train/bits_per_dim")]
     assert steps == [3, 6, 9, 12, 15, 18, 20]
-    if name == "glow":  # a difference that only later steps see would be noticed
-        put_back(halves, 10)
-        tensors = checkpoint_format.read(last(halves)).tensors
-        name = min(name for name in tensors if name.startswith("optimizer.exp_avg."))
-        rewritten(last(halves), {name: tensors[name] * 1.001})
-        quick(*command, "--run-dir", halves, cwd=tmp_path).ok()
-        with pytest.raises(AssertionError):
-            assert_same_run(whole, halves)
 
 
 # --- signals and kills ----------------------------------------------------------------------------
@@ -298,6 +289,11 @@ def test_a_finished_run_is_left_alone(run, tmp_path):
         assert "runs/glow_digits is finished (step 20): nothing to do" in done.out
         assert times() == before
     refused(run, [], "--resume never: .*glow_digits holds a run; .*--run-dir", "never")
+    saved = checkpoint_format.read(last(run))
+    del saved.meta["data"]  # which a stranger's file may lack
+    last(run).unlink()
+    checkpoint_format.write(last(run), saved.meta, saved.tensors)
+    assert "nothing to do" in quick("train", *TINY_RUN, cwd=tmp_path).ok().out
     last(run).unlink()
     refused(run, [], "--resume never", "never")
 
@@ -337,7 +333,7 @@ def test_a_finished_run_is_extended(run, tmp_path):
         (["train.num_steps=40", "train.ema=0"], "train.ema: .* was trained with 0.999"),
     ):
         refused(run, words, message, resume.EXTEND)
-    refused(run, [], "--extend: .*new holds no run", resume.EXTEND, tmp_path / "new")
+    refused(run, [], "new holds no run that could go on$", resume.EXTEND, tmp_path / "new")
     config = load_config(run / "config.yaml", ["train.budget=1h"])
     assert resume.checkpoint_to_resume(config, RunDirectory(run), resume.EXTEND) is not None
     rewritten(last(run), seconds=3600.0)
@@ -448,14 +444,19 @@ def test_a_budget_includes_the_time_that_was_used(used, tmp_path, monkeypatch):
 )
 def test_the_effect_of_another_division_of_the_same_images(model, changes):
     """Images of a batch share the steps of a solver, so there it is more than rounding."""
-    before, now = (
-        a_config(train={"batch_size": size, "num_steps": 9, "memory": "store"}) for size in (4, 8)
-    )
-    state = State(now, tiny_flow(model), [], None, {})
-    meta = {"config": before.resolved(), "processes": 2}
-    (line,) = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
-    assert "a step takes 8 images as before" in line and f"which changes {changes}" in line
-    meta["processes"] = 1
-    first, second = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
-    assert "a step takes 8 images, not 4: another run from here on" in first
-    assert "the 9 steps left take 72 images, not 36" in second
+    for length, counts, follows in (
+        ({"num_steps": 9}, "", "the 9 steps left take 72 images, not 36"),
+        ({"num_steps": None, "budget": 9}, "train.budget counts seconds", "the clock of train.bud"),
+    ):
+        before, now = (
+            a_config(train={"batch_size": size, "memory": "store", **length}) for size in (4, 8)
+        )
+        state = State(now, tiny_flow(model), [], None, {})
+        meta = {"config": before.resolved(), "processes": 2}
+        (line,) = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
+        assert "a step takes 8 images as before" in line and f"which changes {changes}" in line
+        assert counts in line
+        meta["processes"] = 1
+        first, second = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
+        assert "a step takes 8 images, not 4: another run from here on" in first
+        assert follows in second
