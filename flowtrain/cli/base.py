@@ -1,5 +1,6 @@
 """What the commands share: their options, the exit codes of errors, loading and writing."""
 
+import copy
 import functools
 import inspect
 import logging
@@ -402,7 +403,7 @@ def data_of(
             )
         if dataset not in (None, loaded.config.data.name) and text.startswith(NAMES_OF_DATA):
             raise UserError(f"--set {cut(text)}: --data {dataset} names the data; leave one out")
-    values = dict(loaded.checkpoint.meta["config"])
+    values = copy.deepcopy(loaded.checkpoint.meta["config"])
     if dataset is not None:
         values["data"] = section_named(dataset, loaded.config.data, loaded.flow.shape, "--data")
     values = configuration.override(values, settings or [])

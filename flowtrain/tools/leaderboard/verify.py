@@ -112,6 +112,8 @@ def verify(
     if (known := found.tests.get(test.way)) is not None and known.num_images == test.num_images:
         _require_equal(run, "test figure", known.loss, test.loss)
     validations = [row for row in found.rows if row.split == "validation"]
+    threads = meta["threads"]  # which early versions did not write
+    of_machine = f", {counted(threads * meta['processes'], 'thread')}" if threads else ""
     reached = {
         bits: next((r.seconds for r in validations if r.loss is not None and r.loss <= bits), None)
         for bits in benchmark.targets
@@ -124,7 +126,7 @@ def verify(
         images=summary.images,
         seconds=summary.seconds,
         parameters=sum(each.numel() for each in model.flow.parameters()),
-        machine=f"{summary.machine}, {counted(meta['threads'] * meta['processes'], 'thread')}",
+        machine=summary.machine + of_machine,
         reached=reached,
     )
 

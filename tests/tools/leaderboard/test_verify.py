@@ -72,6 +72,8 @@ def test_a_sound_run(run):
     edited = verified(run)
     assert "A processor, " in edited.row and edited.parameters == found.parameters > 1
     model = load_model(str(run), CPU)
+    model.checkpoint.meta["threads"] = None
+    assert verify(model, dataset(model.checkpoint.meta["config"]["data"])).machine == "A processor"
     train = model.config.train.model_copy(update={"clock": "processor"})
     model = dataclasses.replace(model, config=model.config.model_copy(update={"train": train}))
     with pytest.raises(UserError, match="run: no wall-clock time"):
