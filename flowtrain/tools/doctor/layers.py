@@ -1,5 +1,6 @@
 """Checks of each layer: its weights, both round trips, and the learned noise as one more layer."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ from flowtrain.tools.doctor.findings import SAMPLES, TOLERANCE, Notes
 
 Pass = Callable[[Executor], tuple[Tensor, Tensor]]
 
+KEPT = 0.999  # of the entries of learned noise
 NOISE_MODEL = "dequantizer.noise_model"  # the name of the learned noise as one layer
 
 
@@ -101,7 +103,9 @@ def _layer(
     context: Context | None,
     inputs: str,
     notes: Notes,
+    share: float = 1.0,
 ) -> None:
+    """Checks a layer in both directions. The errors are the largest of this share of entries."""
     if isinstance(layer, ForeignLayer) and layer.random_latents:
         return  # noise cannot be taken away again
     other = opposite(direction)
@@ -118,9 +122,9 @@ def _layer(
     # Whether images come back is measured at the middle of the bins.
     harmless = layer.is_discrete
     for check, found, expected in zip(checks, (back, again), (given, result), strict=True):
-        distance = _relative_error(found, expected, layer.of_angles)
-        solved = isinstance(layer, ForeignLayer) and bool(distance < TOLERANCE)
-        notes.add(check, distance, name, inputs, harmless or solved)
+        distance = _relative_error(found, expected, layer.of_angles, share)
+        near = isinstance(layer, ForeignLayer | LearnedNoise) and bool(distance < TOLERANCE)
+        notes.add(check, distance, name, inputs, harmless or near)
     _log_scale(predicted, name, inputs, notes)
 
 
@@ -149,14 +153,17 @@ class LearnedNoise(Bijection):
 def check_noise(flow: Flow, images: Tensor, noise: Tensor, inputs: str, notes: Notes) -> None:
     """Checks the learned noise as one layer.
 
-    For samples, it also checks each of its layers on the way from a uniform u back to the noise.
-    The passes through the flow have no such direction.
+    For samples, it also checks each of its layers on the way from a u that it draws back to the
+    noise. The passes through the flow have no such direction. Of all u, only those near the edges
+    of a bin may be lost, one in a thousand.
     """
     layer = LearnedNoise(flow)
     direction: Direction = "forward"
     if inputs == SAMPLES:
         direction = "inverse"
-        noise = EDGE + (1 - 2 * EDGE) * noise  # as u, which `draw` keeps off the edges of a bin
+        with contextlib.suppress(Exception):  # the passes have noted it
+            drawn = layer.dequantizer.draw(images, noise)[0]
+            noise = torch.where(drawn.isfinite(), drawn, EDGE + (1 - 2 * EDGE) * noise)
         invert = partial(layer.dequantizer.noise_of, images, noise)
         check_layers(flow, invert, "inverse pass", inputs, notes)
     try:
@@ -166,13 +173,18 @@ def check_noise(flow: Flow, images: Tensor, noise: Tensor, inputs: str, notes: N
     arrived = are_finite(result, log_det)
     if arrived.any():
         given, result, images = noise[arrived], result[arrived], images[arrived]
-        _layer(NOISE_MODEL, layer, direction, given, result, images, inputs, notes)
+        _layer(NOISE_MODEL, layer, direction, given, result, images, inputs, notes, KEPT)
 
 
-def _relative_error(found: Tensor, expected: Tensor, of_angles: bool) -> Tensor:
-    """The largest error, relative to its entry or to the root mean square, whichever is larger."""
+def _relative_error(found: Tensor, expected: Tensor, of_angles: bool, share: float = 1.0) -> Tensor:
+    """The largest error of this share of entries, relative to the entry or to the root mean square,
+    whichever is larger.
+    """
     found, expected = found.double().cpu(), expected.double().cpu()
     size = expected.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     error = found - expected
     error = error - whole_turns(error) if of_angles else error
-    return (error.abs() / torch.maximum(expected.abs(), size)).max()
+    errors = (error.abs() / torch.maximum(expected.abs(), size)).flatten()
+    if share == 1 or errors.isnan().any():
+        return errors.max()
+    return errors.kthvalue(math.ceil(share * len(errors))).values

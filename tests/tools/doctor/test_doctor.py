@@ -456,6 +456,17 @@ def test_damage_is_found_and_its_module_named(name, tmp_path, monkeypatch, caplo
         assert module in reason and ("no such thing" if forward else "never written") in reason
 
 
+@torch.no_grad()
+def test_narrow_noise_is_sound(tmp_path):
+    """It maps values far from those that it draws to one number."""
+    model, data = a_model(tmp_path, **LEARNED)
+    last = dict(model.flow.named_modules())[f"{NOISE_MODEL}.flow.layers.1"].conditioner.layers[-1]
+    last.weight.zero_()
+    shift, raw = last.bias.chunk(2)
+    shift.fill_(-10), raw.fill_(-2)  # w = 0.22 (eps - 10), so u is 0.014 +- 0.008
+    assert bad(examined(model, data, num_images=8)) == {("likelihood", "")}  # it is not trained
+
+
 def test_a_model_that_is_worse_than_a_uniform_coder(tmp_path):
     model, data = a_model(tmp_path, classes=3)
     found = examined(model, data, num_images=4)
