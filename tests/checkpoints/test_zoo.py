@@ -20,6 +20,8 @@ from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.evaluation.score import mean_loss
+from flowtrain.tools.doctor.examine import examine
+from flowtrain.tools.doctor.findings import overall
 
 CPU = torch.device("cpu")
 # Where the data of the tests lie, in place of a download.
@@ -76,6 +78,13 @@ def test_a_figure_is_that_of_the_model(name):
     assert (found.num_images, found.unit) == (card.images, card.unit)
     assert found.loss == pytest.approx(card.loss, abs=5e-4)
     assert found.loss_stderr == pytest.approx(card.error, abs=5e-4)
+
+
+@every_model
+@pytest.mark.slow
+def test_doctor_finds_no_fault(name):
+    model = load_model(name, CPU)
+    assert overall(examine(model, data_of(model), num_images=16)) != "bad"
 
 
 @pytest.mark.run
