@@ -76,6 +76,7 @@ def test_both_ways_are_those_of_the_flow(model, options, monkeypatch):
 
 
 def test_a_picture_without_room_is_refused(monkeypatch):
+    flow = tiny_flow()
     monkeypatch.setattr(capacity, "available", lambda device: 10_000)
     with pytest.raises(UserError, match="--num-images 2: a picture of 36 stages needs at least"):
-        stages.picture(tiny_flow(), images(2, (1, 4, 4)), 0)
+        stages.picture(flow, images(2, (1, 4, 4)), 0)
