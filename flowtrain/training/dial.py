@@ -64,7 +64,7 @@ def configured(
     length = configuration.parse({"train": {"budget": budget}}, "--budget").train.budget
     assert length is not None
     path = run_dir / "config.yaml"
-    # The run directory may be that of one machine alone.
+    # Perhaps only one machine has the run directory.
     values = distributed.from_main(lambda: configuration.load_yaml(path) if path.exists() else None)
     if values is None:
         return choose(name, length, purpose, settings, device)
