@@ -40,7 +40,10 @@ RECIPES = {
     "cifar-3min": Recipe("cifar", "Glow, 3 min", "glow_cifar_small.yaml", ("train.budget=3min",)),
     "cifar-causal": Recipe("cifar", "causal", "causal_cifar_small.yaml"),
     "cifar-causal-5min": Recipe(
-        "cifar", "causal, 5 min", "causal_cifar_small.yaml", ("train.budget=5min",)
+        "cifar",
+        "causal, 5 min",
+        "causal_cifar_small.yaml",
+        ("train.budget=5min", "model.width=160"),
     ),
     "cifar-causal-15min": Recipe(
         "cifar", "causal, 15 min", "causal_cifar_small.yaml", ("train.budget=15min",)
@@ -49,7 +52,7 @@ RECIPES = {
         "cifar",
         "causal, 90 min",
         "causal_cifar_small.yaml",
-        ("train.budget=90min", "model.width=192", "model.units=48", "model.components=10"),
+        ("train.budget=90min", "model.units=48", "model.components=10"),
     ),
     "cifar-tarflow": Recipe("cifar", "TarFlow", "tarflow_cifar_small.yaml"),
     "cifar-jet": Recipe("cifar", "Jet", "jet_cifar_small.yaml"),

@@ -75,7 +75,7 @@ def test_a_size_needs_its_steps(tmp_path, pace):
         for steps in (size.steps - 1, size.steps):
             if steps > 0:
                 widths.append(choose(data, 0.1 * steps + 0.01).model.options()["width"])
-    assert widths == [48, 96, 96, 160, 160, 192]
+    assert widths == [48, 96, 96, 160, 160, 192, 192, 192]
 
 
 def test_a_run_ends_before_its_images_are_learned_by_heart(tmp_path, pace):
