@@ -61,16 +61,12 @@ class Result:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Plain output, no network."""
     left_out = ("FLOWTRAIN", "FORCE_COLOR", "TTY_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
     proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
     nowhere = dict.fromkeys(proxies, "http://127.0.0.1:9")
     plain = {"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"}
     return {**kept, **plain, **nowhere, "FLOWTRAIN_CACHE": str(FOLDER / "cache"), **extra}
-
-
-# --- as a user does -------------------------------------------------------------------------------
 
 
 def start(*args, cwd: Path, command=(sys.executable, "-m", "flowtrain"), **env: str):
@@ -88,9 +84,6 @@ def result(process: subprocess.Popen) -> Result:
 
 def flowtrain(*args, cwd: Path, **options) -> Result:
     return result(start(*args, cwd=cwd, **options))
-
-
-# --- the same, forked -----------------------------------------------------------------------------
 
 
 class Forked:
@@ -157,9 +150,6 @@ def example(command: str, model: str = "nowhere.safetensors") -> list[str]:
     return re.sub(r"^(runs/)?\w+(?= |$)", model, found[1]).split()
 
 
-# --- what a run leaves behind ---------------------------------------------------------------------
-
-
 def metrics(run: Path, timeless: bool = False) -> list[dict]:
     """The rows of metrics.jsonl; `timeless` without times."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -173,6 +163,13 @@ def summary(run: Path) -> dict:
 
 def last(run: Path) -> Path:
     return run / "checkpoints" / "last.safetensors"
+
+
+def put_back(run: Path, step: int = 10) -> Path:
+    """The run as a kill just after `step` would have left it, with longer logs."""
+    last(run).unlink()
+    last(run).hardlink_to(run / "checkpoints" / f"step-{step:08d}.safetensors")
+    return run
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -214,9 +211,6 @@ def within(seconds: float, what: str) -> Iterator[None]:
         time.sleep(0.002)
 
     yield check
-
-
-# --- runs that several tests look at --------------------------------------------------------------
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen | None = None) -> None:

@@ -36,7 +36,6 @@ TEST |= {"step": 4, "dims": 64}
 
 
 def a_run(path, rows=ROWS, test=TEST, data=None, train=None, model="glow", **summary):
-    """A run directory as `train` and `evaluate` write it."""
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(a_config(model, data, train).yaml())
     (path / "summary.json").write_text(json.dumps({**SUMMARY, **summary}))

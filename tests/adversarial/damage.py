@@ -33,9 +33,6 @@ VALUES += ["F16", "I64", "BOOL", "|u1", "<f8", "|O", "<U99", "<M8", '"', " 1", "
 FLOATS = [float("nan"), float("inf"), 3e38, -3e38, 1e-42, 0.0, 1e10]
 
 
-# --- bytes ----------------------------------------------------------------------------------------
-
-
 def of_bytes(draw: random.Random, data: bytes, other: bytes) -> bytes:
     """Damaged bytes. `other` is a file of the same kind, for splices."""
     return draw.choice(WAYS)(draw, data, other)
@@ -52,30 +49,18 @@ def _truncate(draw, data, other):
     return data[: draw.choice([0, 1, 8, _place(draw, data), len(data) - 1])]
 
 
-def _insert(draw, data, other):
-    at = _place(draw, data)
-    return data[:at] + draw.randbytes(draw.choice([1, 4, 100])) + data[at:]
-
-
-def _remove(draw, data, other):
-    at = _place(draw, data)
-    return data[:at] + data[at + draw.choice([1, 4, 100]) :]
+def _exchange(draw, data, other):
+    """A part, which may be empty, is removed, filled, repeated or replaced."""
+    at, length = _place(draw, data), draw.choice([0, 1, 4, 8, 100, 10_000, len(data)])
+    part = data[at : at + length]
+    fill = draw.choice([b"\0", b"\xff", b"9", b" "]) * len(part)
+    new = [b"", fill, part[:10_000] * draw.choice([2, 3, 100])]
+    new.append(draw.randbytes(draw.choice([1, 4, 100])))
+    return data[:at] + draw.choice(new) + data[at + length :]
 
 
 def _splice(draw, data, other):
     return data[: _place(draw, data)] + other[_place(draw, other) :]
-
-
-def _fill(draw, data, other):
-    at = _place(draw, data)
-    length = min(draw.choice([1, 4, 8, 100, len(data)]), len(data) - at)
-    return data[:at] + draw.choice([b"\0", b"\xff", b"9", b" "]) * length + data[at + length :]
-
-
-def _repeat(draw, data, other):
-    at = _place(draw, data)
-    part = data[at : at + draw.choice([1, 8, 100, 10_000])]
-    return data[:at] + part * draw.choice([2, 3, 100]) + data[at + len(part) :]
 
 
 def _number(draw, data, other):
@@ -94,7 +79,7 @@ def _number(draw, data, other):
     return data[:at] + number + data[at + len(number) :]
 
 
-WAYS = [_flip, _flip, _truncate, _insert, _remove, _splice, _fill, _repeat, _number, _number]
+WAYS = [_flip, _flip, _truncate, _splice, *[_exchange] * 4, _number, _number]
 
 
 def _place(draw: random.Random, data: bytes) -> int:
@@ -106,9 +91,6 @@ def _place(draw: random.Random, data: bytes) -> int:
     if kind < 0.4:
         return max(last - int(draw.expovariate(1 / 64)), 0)
     return draw.randint(0, last)
-
-
-# --- nested values --------------------------------------------------------------------------------
 
 
 def of_value(draw: random.Random, value):
@@ -161,9 +143,6 @@ def _places(value):
         for key, each in list(value.items() if isinstance(value, dict) else enumerate(value)):
             yield value, key
             yield from _places(each)
-
-
-# --- files that are taken apart -------------------------------------------------------------------
 
 
 def crafted(draw: random.Random, path: Path, damaged: bool = True) -> bytes | None:

@@ -23,7 +23,6 @@ pytestmark = pytest.mark.run
     ids=["checkpoint", "tensorboard", "metrics"],
 )
 def test_no_space_left(room, what, options, tmp_path):
-    """Exit 1, with a message; what was saved before is whole, and no half-written file stays."""
     length = sets(train__checkpoint_every=2, train__log_every=5, train__num_steps=400)
     command = ["train", *SMALL, *length, *options]
     first = Forked(command, cwd=tmp_path)

@@ -12,20 +12,11 @@ HERE = Path(__file__).parent
 AGAIN = "PYTHONPATH=tests python tests/adversarial/fuzz.py --only CASE runs one case again"
 
 
-def table(formats):
-    rows = ["| format | cases | refused | accepted | longest, s | largest, MiB |"]
-    rows += ["|---|---|---|---|---|---|"]
-    for name, each in formats.items():
-        figures = (each[key] for key in ("tried", "refused", "accepted", "seconds", "mib"))
-        rows.append(f"| {name} | {' | '.join(f'{figure:,}' for figure in figures)} |")
-    return "\n".join(rows)
-
-
 def test_some_damaged_files_do_no_harm():
     result = report_of(HERE / "fuzz.py", "--cases", "40")
     assert result["faults"] == {}, AGAIN
     assert all(each["tried"] for each in result["formats"].values())
-    assert sum(each["refused"] for each in result["formats"].values()) > 5
+    assert sum(each.get("refused", 0) for each in result["formats"].values()) > 5
 
 
 @pytest.mark.fuzz
@@ -33,12 +24,12 @@ def test_no_damaged_file_does_harm():
     seed = random.randrange(10**6)
     print(f"\nfuzz.py --cases 10000 --first {seed}")
     result = report_of(HERE / "fuzz.py", "--cases", "10000", "--first", str(seed))
-    print(table(result["formats"]))
+    print(*result["formats"].items(), sep="\n")
     assert result["faults"] == {}, AGAIN
 
 
 @pytest.mark.fuzz
 def test_no_small_file_takes_much():
     result = report_of(HERE / "bombs.py")
-    print(*result["table"], sep="\n")
+    print(*result["rows"], sep="\n")
     assert result["faults"] == []

@@ -21,10 +21,10 @@ import flowtrain
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import read, write
-from flowtrain.checkpoints.load import LoadedModel, find, load_model, load_weights, model_hash
+from flowtrain.checkpoints.load import LoadedModel, find, load_model, model_hash
 from flowtrain.config import Train
 from flowtrain.errors import UserError
-from flowtrain.training.optim import EMA, build_optimizers, first_state
+from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import optimizer_step, train_step
 
@@ -40,7 +40,6 @@ def go_on(state, *seeds):
 
 
 def a_state(model="glow", ema=0.9, optimizer="adam", steps=2, **options):
-    """The state of a run after a few steps."""
     config = a_config(model, train={"ema": ema, "optimizer": optimizer, "batch_size": 8}, **options)
     flow = tiny_flow(model)
     optimizers, averaged = build_optimizers(flow, config.train), EMA(flow, ema) if ema else None
@@ -56,13 +55,9 @@ def saved(path, **options):
 
 
 def assert_equal(one, other):
-    """Two dictionaries of tensors."""
     assert one.keys() == other.keys()
     assert [name for name, tensor in one.items() if not torch.equal(tensor, other[name])] == []
     assert all(one[name].dtype == other[name].dtype for name in one)
-
-
-# --- round trips ----------------------------------------------------------------------------------
 
 
 def test_round_trip(tmp_path):
@@ -139,23 +134,8 @@ def test_a_run_continues_from_its_checkpoint_bit_for_bit(tmp_path, model, ema, o
         other.restore(read(tmp_path / "a.safetensors"))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_first_state_in_double_precision_is_like_every_later_one(optimizer, request):
-    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
-    torch.set_default_dtype(torch.float64)
-    for each in a_state(optimizer=optimizer).optimizers:
-        for parameter, values in each.state.items():
-            first = first_state(each, parameter)
-            shapes = {k: (v.shape, v.dtype) for k, v in first.items()}
-            assert shapes == {k: (v.shape, v.dtype) for k, v in values.items()}
-
-
-# --- damage ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The bytes of a checkpoint of few tensors."""
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
     meta = {"config": a_config("nice").resolved(), "shape": [1, 1, 2], "levels": 256, "step": 3}
     tensors = {"a": torch.randn(4, 3), "b": torch.arange(5), "c": torch.tensor(True)}
@@ -201,8 +181,6 @@ def test_any_change_is_noticed(tmp_path, small):
 
 
 class Malicious:
-    """Its unpickling makes a file."""
-
     def __init__(self, path):
         self.path = path
 
@@ -240,9 +218,6 @@ def test_another_format_is_refused(tmp_path, monkeypatch, version):
         write(tmp_path / "a.safetensors", {}, {})
     with pytest.raises(UserError, match=rf"a\.safetensors: written in checkpoint format {version}"):
         read(tmp_path / "a.safetensors")
-
-
-# --- a right checksum, wrong content --------------------------------------------------------------
 
 
 def crafted(path, description, header=None, data=b""):
@@ -330,7 +305,7 @@ def test_wrong_tensors_of_the_file_are_refused(tmp_path):
 
 WRONG_TENSORS = [
     (lambda t: t.new_zeros(0), "is 0 there and"),
-    (lambda t: t.new_zeros(3), "is 3 there and"),
+    (lambda t: t.new_zeros(3, 5), "is 3x5 there and"),
     (lambda t: t.double(), "is torch.float64 there and torch.float32 here"),
     (lambda t: t.int(), "is torch.int32 there and torch.float32 here"),
     (lambda t: None, "is nothing there and"),
@@ -373,9 +348,6 @@ def test_buffers_that_no_training_leaves_so_are_refused(tmp_path):
         wrong = f"{key.removeprefix('model.')} has values that it cannot"
         with pytest.raises(UserError, match=wrong):
             flowtrain.load(tmp_path / "a.safetensors")
-
-
-# --- finding and loading a model ------------------------------------------------------------------
 
 
 def touch(path, mtime):
@@ -433,20 +405,6 @@ def test_loading(tmp_path):
         load_model(str(tmp_path / "b.safetensors"), CPU, "ema")
     with pytest.raises(UserError, match="--weights both"):
         load_model(str(tmp_path / "b.safetensors"), CPU, "both")
-
-
-def test_a_model_that_does_not_fit_is_refused_by_name(tmp_path):
-    saved(tmp_path / "a.safetensors", steps=0)
-    for other, message in (
-        ({"width": 7}, r"levels\.0\.layers\.3\.conditioner\.\S+ is 6x18 there and 7x18 here"),
-        ({"steps": 1}, r"levels\.0\.layers\.4\.initialized is a number there and nothing here"),
-        ({"permutation": "conv1x1"}, r"matrix is nothing there and 4x4 here"),
-    ):
-        flow = tiny_flow("glow", **other)
-        before = {name: p.clone() for name, p in flow.state_dict().items()}
-        with pytest.raises(UserError, match=rf"a\.safetensors: does not fit .*{message}"):
-            load_weights(flow, read(tmp_path / "a.safetensors"))
-        assert_equal(flow.state_dict(), before)
 
 
 def test_the_hash_of_a_model_depends_on_its_preprocessing():

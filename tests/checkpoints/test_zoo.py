@@ -1,7 +1,6 @@
 """The trained models that come with flowtrain: cards are true, and commands take their names."""
 
 import hashlib
-import json
 import shutil
 
 import numpy as np
@@ -92,8 +91,6 @@ def test_commands_take_their_names(tmp_path):
     quick("sample", "glow_digits", "--num-images", 2, cwd=tmp_path).ok()
     assert (tmp_path / "runs" / "zoo" / "glow_digits" / "sample.png").exists()
     assert not (tmp_path / "runs" / "glow_digits").exists()  # which may be a run of the user
-    done = quick("evaluate", "glow_digits", "--num-images", 64, "--json", "-", cwd=tmp_path).ok()
-    assert json.loads(done.out)["num_images"] == 64
     card = zoo.card_of("glow_digits")
     out = " ".join(quick("info", "glow_digits", cwd=tmp_path).ok().out.split())
     assert card.command in out and f"{card.loss:.3f} +- {card.error:.3f}" in out

@@ -1,10 +1,8 @@
 """The list of commands."""
 
 import os
-import signal
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 from cli_helpers import COMMANDS, environment
@@ -38,14 +36,6 @@ def test_files_are_written_although_nobody_reads_what_is_printed(tmp_path):
     os.close(write)
     assert (found.returncode, found.stderr) == (0, b"")
     assert {path.name for path in tmp_path.iterdir()} == {"p.json", "p.csv"}
-
-
-def test_a_signal_ends_a_command_with_its_code(monkeypatch):
-    monkeypatch.setattr(main.threading, "Timer", mock.Mock())
-    with pytest.raises(SystemExit) as ended:
-        main._stop(signal.SIGTERM, None)
-    assert ended.value.code == 143
-    assert main.threading.Timer.mock_calls[0].args == (main.GRACE_SECONDS, os._exit, [143])
 
 
 def test_the_readme_is_short():

@@ -1,6 +1,7 @@
 """Directions of attributes: what they point to, what their accuracy counts, and their files."""
 
 import dataclasses
+import itertools
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,6 @@ from flowtrain.checkpoints.load import load_model, model_hash
 from flowtrain.errors import UserError
 from flowtrain.latents import directions
 from flowtrain.latents.directions import measured, of_attributes
-from flowtrain.latents.paths import along
 
 D = 12
 every_method = pytest.mark.parametrize("method", directions.METHODS)
@@ -72,12 +72,12 @@ def test_orthogonal_directions_leave_the_others_alone(method):
     a = torch.rand(2000, generator=generator) < 0.5
     b = torch.where(torch.rand(2000, generator=generator) < 0.9, a, ~a)
     z[:, :2] += 2 * torch.stack([a, b], dim=1)
-    labels = {"a": a, "b": b}
+    labels = {"a": a, "b": b, "c": z[:, 1] + z[:, 2] > 1}
     plain = of_attributes(z, labels, method)
     apart = of_attributes(z, labels, method, orthogonal=True)
     assert not plain[0].orthogonal and apart[0].orthogonal
-    for one, other in zip(apart, reversed(plain), strict=True):
-        assert abs(float(one.vector @ other.vector)) < 1e-6
+    for one, other in itertools.product(apart, plain):
+        assert one.name == other.name or abs(float(one.vector @ other.vector)) < 1e-6
     if method == "difference":
         assert plain[0].vector @ plain[1].vector > 0.5
     known = plain[1]
@@ -86,20 +86,6 @@ def test_orthogonal_directions_leave_the_others_alone(method):
     # One of its own name is replaced, not avoided.
     (same,) = of_attributes(z, {"b": b}, method, [known], orthogonal=True)
     torch.testing.assert_close(same.vector, known.vector)
-
-
-def test_moving_along_an_orthogonal_direction_keeps_the_others(model, tmp_path):
-    z = torch.randn(400, 64, generator=seeded(0))
-    labels = {"a": z[:, 0] > 0, "b": z[:, 0] + z[:, 1] > 0, "c": z[:, 1] + z[:, 2] > 0}
-    plain = of_attributes(z, labels, "difference")
-    path = tmp_path / "attributes.npz"
-    found = of_attributes(z, labels, "difference", orthogonal=True)
-    directions.save(path, found, model_hash(model))
-    end = along(z, directions.load(path, model)["a"], 3.0, 2)[:, -1]
-    others = torch.stack([each.vector for each in plain[1:]], dim=1)
-    # Norms are about 8, and rounding errors about 1e-6.
-    torch.testing.assert_close(end @ others, z @ others, rtol=0, atol=1e-4)
-    torch.testing.assert_close(end.norm(dim=1), z.norm(dim=1))
 
 
 SAME = torch.ones(20, D)

@@ -116,7 +116,6 @@ def test_encode_and_decode_give_every_pixel_back(name, tmp_path):
 
 
 def test_unusable_files_of_folders_are_left_out(model, tmp_path, caplog):
-    """Those that are named themselves are errors."""
     for name in ("a/x.png", "a/y.png", "b/x.png", "b/z.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (8, 8), 255).save(tmp_path / name)

@@ -1,10 +1,11 @@
-"""Pictures of points, and the choice of a drawing by the kind of data."""
+"""Grids of images, pictures of points, and the choice between them by the kind of data."""
 
 import math
 
 import pytest
 import torch
 from helpers import a_config, images, seeded, tiny_flow
+from torchvision.utils import make_grid
 
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.data.splits import DataSet
@@ -129,3 +130,15 @@ def test_latents_are_decoded_as_many_at_a_time_as_fit(size, expected, monkeypatc
     z = flow.draw_latents(37, seeded(3))
     monkeypatch.setattr("flowtrain.pictures.sample.sampling_batch_size", lambda flow: size)
     assert torch.equal(decode(flow, z, done.append), flow.decode(z)) and done == expected
+
+
+@pytest.mark.parametrize(
+    "count, channels, columns", [(64, 3, 8), (7, 1, 3), (2, 3, 5), (5, 1, 1), (1, 1, 4), (1, 3, 1)]
+)
+def test_a_grid_is_that_of_torchvision(count, channels, columns):
+    x = torch.randint(0, 256, (count, channels, 40, 33), dtype=torch.uint8)
+    picture = grid.grid(x, 256, columns)
+    factor = 1 if count == 1 else -(-800 // (33 * min(columns, count)))
+    assert count == 1 or picture.shape[2] >= 800
+    enlarged = x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    assert torch.equal(picture, make_grid(enlarged, nrow=columns, padding=2, pad_value=64))

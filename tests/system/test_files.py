@@ -23,7 +23,6 @@ def names(folder):
 
 
 def test_the_order_of_flushes_and_names(tmp_path, monkeypatch):
-    """A second name is there first, and the folder is flushed last."""
     done = []
     fsync, replace = os.fsync, os.replace
 
@@ -222,7 +221,6 @@ def soon():
 
 
 def special(kind):
-    """Makes a file that is not regular."""
     path = Path(kind)
     if kind == "socket":
         socket.socket(socket.AF_UNIX).bind(kind)

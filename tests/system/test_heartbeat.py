@@ -58,27 +58,8 @@ def test_without_the_store_all_others_are_lost(clock):
 
 
 def test_a_job_that_was_suspended_goes_on(clock):
-    """All processes stood still for longer than the limit, and none is lost."""
     processes = a, b, _ = three()
     clock.now += 10 * TIMEOUT_SECONDS
     assert a.silent() == []
     assert pass_time(clock, TIMEOUT_SECONDS - INTERVAL_SECONDS, [a], a) == []
     assert pass_time(clock, 2 * TIMEOUT_SECONDS, processes, b) == []
-
-
-def test_the_threads_speak_listen_and_watch(monkeypatch):
-    monkeypatch.setattr(heartbeat, "INTERVAL_SECONDS", 0.01)
-    store, lost, heard = dist.HashStore(), [], threading.Event()
-
-    def found(silent):
-        lost.extend(silent)
-        heard.set()
-
-    def silent(self):
-        return [1] if self.beats >= 3 else []
-
-    monkeypatch.setattr(heartbeat.Heartbeat, "silent", silent)
-    a = Heartbeat(store, 0, 2, found)
-    assert heard.wait(20) and lost == [1]
-    a.stop()
-    assert store.get("heartbeat/0") == b"gone" and not any(t.is_alive() for t in a.threads)

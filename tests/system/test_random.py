@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import compiles
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flowtrain.system import random
 from flowtrain.system.random import Stream, philox, uniform
@@ -81,19 +79,3 @@ def test_generators_of_different_keys():
     drawn = [torch.rand(4, generator=random.generator(*key)) for key in (*keys, keys[0])]
     assert torch.equal(drawn[0], drawn[-1])
     assert len(set(map(tuple, torch.stack(drawn).tolist()))) == len(keys)
-
-
-def test_no_value_is_read_from_the_device():
-    """A fake tensor has no values: reading one raises."""
-    with FakeTensorMode():
-        noise = uniform((3, 3, 5, 5), 0, Stream.EVALUATION, 7, device=torch.device("cuda"))
-    assert noise.device.type == "cuda" and noise.shape == (3, 3, 5, 5)
-
-
-@compiles
-@pytest.mark.run  # takes seconds
-def test_it_traces_in_one_graph():
-    key = np.array(KNOWN[2][1], np.uint64)
-    index = torch.arange(100)
-    traced = torch.compile(philox, fullgraph=True, backend="aot_eager")
-    assert torch.equal(traced(index, 3, key), philox(index, 3, key))

@@ -20,7 +20,6 @@ def metrics():
 
 
 def send(metrics, *losses):
-    """Steps with these losses and a norm of 1."""
     progress = metrics.state.progress
     for loss in losses:
         metrics.send(torch.tensor(loss), torch.ones(()), rate=0.1)

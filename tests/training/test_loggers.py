@@ -116,6 +116,8 @@ def test_all_loggers_get_the_same_and_a_resumed_run_is_the_same_run(run):
         chart = chart_of(points, tag)
         assert {step: value for step, value in chart.items() if step <= 4} == expected, tag
     for row in metrics(run):
+        for key in ("lr", "grad_norm", "images_per_second") if row["split"] == "train" else ():
+            assert points[f"train/{key}", row["step"]] == row[key]
         assert points[f"{row['split']}/bits_per_dim", row["step"]] == row["bits_per_dim"]
     (picture,) = seen.Images("samples")
     drawn = Image.open(io.BytesIO(picture.encoded_image_string))

@@ -91,7 +91,6 @@ def gradient(flow, loss, batch):
 @compiles
 @pytest.mark.parametrize("model, mode, precision", [*combinations()])
 def test_a_step_is_one_graph(model, mode, precision):
-    """Forward and backward pass are traced without a break, and give the same gradient."""
     flow, config, batch = made(model, mode, precision)
     expected = gradient(flow, Loss(flow, config.train), batch)
     losses.configure_compiler()
@@ -135,7 +134,6 @@ def test_every_model_is_traced_or_has_loops():
     ],
 )
 def test_each_value_of_compile(value, memory, graphs, monkeypatch):
-    """Few graphs, and the same gradient."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     config = a_config({**GLOW, "steps": 3}, train={"compile": value, "memory": memory})
@@ -152,9 +150,6 @@ def test_each_value_of_compile(value, memory, graphs, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-# --- errors instead of wrong runs -----------------------------------------------------------------
-
-
 @pytest.fixture
 def uncompiled(monkeypatch):
     """`train.compile: layers` compiles nothing."""
@@ -162,7 +157,6 @@ def uncompiled(monkeypatch):
 
 
 def a_state(model, **train):
-    """A state, and the images and labels of a batch."""
     flow, config, (x, _, labels) = made(model, **train)
     return State(config, flow, build_optimizers(flow, config.train), None, {}), x, labels
 
@@ -231,9 +225,6 @@ def test_loops_are_refused(key):
         require_possible(flow, a_config(train={"cuda_graph": True}).train, CPU)
 
 
-# --- CUDA graphs, without CUDA --------------------------------------------------------------------
-
-
 def run_again(run):
     """Stands for a CUDA graph: runs the computation, and again, with its result in one place."""
     result = run().clone()
@@ -242,7 +233,6 @@ def run_again(run):
 
 @pytest.mark.parametrize("model", ["nice", "classes"])
 def test_a_replayed_loss_is_the_loss(model):
-    """Over several parts of a batch, several steps, and parts of several sizes."""
     flow, config, batch = made(model)
     loss = Loss(flow, config.train)
     replayed = CudaGraphStep(loss, run_again)

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 from catalogue import TINY
-from helpers import a_config, images, ready, tiny_flow
+from helpers import a_config, ready, tiny_flow
 from torch import nn
 
 from flowtrain.checkpoints.build import build_flow
@@ -49,9 +49,6 @@ def test_schedules_by_budget(schedule, expected):
     assert learning_rate(config, 3, 30.0) == pytest.approx(expected[1])
 
 
-# --- optimizers -----------------------------------------------------------------------------------
-
-
 # The model decides which weights decay, so one optimizer is tried on all models.
 @pytest.mark.run
 @pytest.mark.parametrize(
@@ -63,6 +60,7 @@ def test_weight_decay_is_for_the_conditioners_weights_alone(model, name):
     flow = tiny_flow(model)
     config = a_config(model, train={"optimizer": name, "weight_decay": 0.1, "lr": 0.5}).train
     optimizers = build_optimizers(flow, config)
+    assert type(optimizers[-1]).__name__.lower() == ("adamw" if name == "muon" else name)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
     grouped = [p for group in groups for p in group["params"]]
@@ -78,21 +76,6 @@ def test_weight_decay_is_for_the_conditioners_weights_alone(model, name):
     for optimizer in optimizers:
         optimizer.step()
     assert {n for n, p in flow.named_parameters() if not torch.equal(p, before[n])} == decayed
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw", "adamax"])
-def test_the_first_step_has_the_length_of_the_rate(name):
-    flow = tiny_flow("nice")
-    train = a_config("nice", train={"optimizer": name, "lr": 0.01}).train
-    (optimizer,) = build_optimizers(flow, train)
-    assert type(optimizer).__name__.lower() == name
-    before = [p.detach().clone() for p in flow.parameters()]
-    flow.bits_per_dim(images(8, flow.shape)).mean().backward()
-    optimizer.step()
-    for parameter, old in zip(flow.parameters(), before, strict=True):
-        moved = parameter.grad.abs() > 1e-4
-        expected = -0.01 * parameter.grad.sign()
-        torch.testing.assert_close((parameter - old)[moved], expected[moved], rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", WITH_NETWORKS)
@@ -148,9 +131,6 @@ def test_muon_for_models_without_matrices_or_with_nothing_else():
         (optimizer,) = build_optimizers(layer, muon)
         assert type(optimizer) is kind
         assert parameters_of(optimizer) == list(layer.parameters())
-
-
-# --- the average ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.999, 0.5, 0.2])

@@ -9,27 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import cli_helpers
 import pytest
 import torch
 from catalogue import CAUSAL, JET, SMALL, TARFLOW, TINY_RUN, WORDS
-from cli_helpers import (
-    FOLDER,
-    Forked,
-    assert_same_run,
-    copy_of,
-    events,
-    flowtrain,
-    last,
-    left_overs,
-    metrics,
-    quick,
-    result,
-    start,
-    summary,
-    trained,
-    wait_for_step,
-    within,
-)
+from cli_helpers import events, last, left_overs, metrics, put_back, quick, summary, trained
 from helpers import a_config, npz, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
@@ -40,6 +24,8 @@ from flowtrain.training import loop, resume
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 from flowtrain.training.state import State
+
+pytestmark = pytest.mark.run
 
 CPU = torch.device("cpu")
 # All that has a memory: the metrics' window, the average, warm-up and decay, two-part steps, the
@@ -52,12 +38,6 @@ STEPS = 80
 LONG = f"""train.log_every=1 train.validate_every=25 train.checkpoint_every=10
     train.sample_every=1000 train.num_steps={STEPS} train.keep_checkpoints=0""".split()
 LONG = [*SMALL, *LONG]
-
-
-def put_back(run, step):
-    """The run as a kill just after `step` would have left it, with longer logs."""
-    last(run).unlink()
-    last(run).hardlink_to(run / "checkpoints" / f"step-{step:08d}.safetensors")
 
 
 def rewritten(path, ema=None, **progress):
@@ -84,82 +64,69 @@ def assert_curve_without_gaps(run, num_steps):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    run = FOLDER / "uninterrupted"
-    quick("train", *LONG, "--run-dir", run, cwd=FOLDER).ok()
+    run = cli_helpers.FOLDER / "uninterrupted"
+    quick("train", *LONG, "--run-dir", run, cwd=cli_helpers.FOLDER).ok()
+    assert not list((run / "checkpoints").glob("step-*"))  # train.keep_checkpoints=0
     return run
 
 
-# --- 10 + 10 = 20 ---------------------------------------------------------------------------------
-
-# Each model, precision and way to keep activations, and the optimizers, are in one of them.
+# Each model, precision, noise and way to keep activations, and the optimizers, are in one of them.
 VARIANTS = {
-    "glow": [*WORDS["glow"], "train.optimizer=adam", "model.conditioner=gated"],
+    "glow": [*WORDS["glow"], "train.optimizer=adam", "model.conditioner=gated"]
+    + ["model.context=downsample"],
     "realnvp": [*WORDS["realnvp"], "train.precision=bf16", "train.optimizer=adamw"],
     "nice": [*WORDS["nice"], "train.optimizer=adamax", "train.memory=checkpoint", "train.ema=0"],
     "causal": [*CAUSAL, "train.precision=bf16", "train.clip_norm=1", "model.classes=10"]
     + ["train.optimizer=muon", "model.dropout=0.2"],
     "tarflow": [*TARFLOW, "data.max_in_memory=0", "data.workers=1", "train.memory=checkpoint"]
-    + ["model.classes=10"],
+    + ["model.classes=10", "model.label_dropout=0.4"]
+    + ["dequantization.name=gaussian", "dequantization.transform=center"],
     "jet": [*JET, "train.memory=reversible", "model.mixing=permutation"],
 }
 
 
-@pytest.mark.run
 def test_a_run_without_what_windows_lacks(tmp_path):
     """It is the same, bit for bit, and its lock and left over files are seen."""
     program = (sys.executable, Path(__file__).parents[1] / "like_windows.py")
     run, command = tmp_path / "like_windows", ["train", *TINY_RUN, "--run-dir"]
     with RunDirectory(run).locked():
-        refused = flowtrain(*command, run, cwd=tmp_path, command=program)
+        refused = cli_helpers.flowtrain(*command, run, cwd=tmp_path, command=program)
         refused.failed(2, f"in use by another process (pid {os.getpid()})")
-    flowtrain(*command, run, cwd=tmp_path, command=program).ok()
+    cli_helpers.flowtrain(*command, run, cwd=tmp_path, command=program).ok()
     put_back(run, 15)
     (run / "checkpoints" / ".last.safetensors.abc.tmp").write_text("half a checkpoint")
-    done = flowtrain(*command, run, cwd=tmp_path, command=program).ok()
+    done = cli_helpers.flowtrain(*command, run, cwd=tmp_path, command=program).ok()
     assert "at step 15" in done.out and left_overs(run) == []
     quick(*command, "here", cwd=tmp_path).ok()
-    assert_same_run(run, tmp_path / "here")
+    cli_helpers.assert_same_run(run, tmp_path / "here")
 
 
-@pytest.mark.run
 @pytest.mark.parametrize("name", VARIANTS)
 def test_20_steps_are_10_and_10(name, tmp_path):
     command = ["train", *EVERYTHING.split(), *VARIANTS[name]]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     quick(*command, "--run-dir", whole, cwd=tmp_path).ok()
-    copy_of(whole, halves)
+    cli_helpers.copy_of(whole, halves)
     put_back(halves, 10)
     (halves / "checkpoints" / ".last.safetensors.abc.tmp").write_text("half a checkpoint")
     with (halves / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "split": "tr')  # cut by the kill
     done = quick(*command, "--run-dir", halves, cwd=tmp_path).ok()
     assert "going on from" in done.out and "at step 10" in done.out
-    assert_same_run(whole, halves)
+    cli_helpers.assert_same_run(whole, halves)
     assert left_overs(halves) == []
-    steps = [scalar.step for scalar in events(halves).Scalars("train/bits_per_dim")]
+    steps = [scalar.step for scalar in events(halves).Scalars("train/lr")]
     assert steps == [3, 6, 9, 12, 15, 18, 20]
 
 
-# --- signals and kills ----------------------------------------------------------------------------
-
-
-@pytest.mark.run
-@pytest.mark.parametrize(
-    "signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
-)
-def test_stopped_by_a_signal_and_resumed(signum, code, uninterrupted, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_stopped_by_a_signal_and_resumed(signum, uninterrupted, tmp_path):
     run = tmp_path / "runs" / "glow_digits"
-    if signum == signal.SIGTERM:  # as a user does
-        process = start("train", *LONG, cwd=tmp_path)
-        wait_for_step(run, 3)
-        process.send_signal(signum)
-        stopped = result(process)
-    else:
-        forked = Forked(["train", *LONG], cwd=tmp_path)
-        wait_for_step(run, 3)
-        os.kill(forked.process.pid, signum)
-        stopped = forked.result()
-    assert stopped.code == code and stopped.err == "", stopped
+    process = cli_helpers.Forked(["train", *LONG], cwd=tmp_path)
+    cli_helpers.wait_for_step(run, 3)
+    os.kill(process.process.pid, signum)
+    stopped = process.result()
+    assert stopped.code == 128 + signum and stopped.err == "", stopped
     step = summary(run)["step"]
     assert 3 <= step < STEPS and not summary(run)["finished"]
     # the step was finished, and saved
@@ -168,12 +135,11 @@ def test_stopped_by_a_signal_and_resumed(signum, code, uninterrupted, tmp_path):
     assert f"at step {step}; saved" in stopped.out
     done = quick("train", *LONG, cwd=tmp_path).ok()
     assert f"going on from runs/glow_digits/checkpoints/last.safetensors at step {step}" in done.out
-    assert_same_run(run, uninterrupted)
+    cli_helpers.assert_same_run(run, uninterrupted)
     assert_curve_without_gaps(run, STEPS)
 
 
 def interrupted(monkeypatch, config, run, step):
-    """Trains until a SIGTERM in a step."""
     real = loop.optimizer_step
 
     def optimizer_step(state, grad_norm):
@@ -186,7 +152,6 @@ def interrupted(monkeypatch, config, run, step):
         fit(config, RunDirectory(run), CPU)
 
 
-@pytest.mark.run
 def test_a_run_is_saved_on_a_signal_before_it_is_validated(tmp_path, monkeypatch):
     config = a_config(train={"validate_every": 10, "checkpoint_every": 5, "num_steps": 99})
     saved = []
@@ -216,7 +181,6 @@ loop.start, main.GRACE_SECONDS = {start}, 0.1
 """
 
 
-@pytest.mark.run
 @pytest.mark.parametrize("how", ["signalled", "signalled_in_a_library"])
 def test_a_signal_before_the_first_step_ends_the_process(tmp_path, how):
     first = STOPPED_BEFORE_THE_FIRST_STEP.format(start=how)
@@ -225,7 +189,6 @@ def test_a_signal_before_the_first_step_ends_the_process(tmp_path, how):
     assert not last(tmp_path / "runs" / "glow_digits").exists()
 
 
-@pytest.mark.run
 def test_kill_9_at_any_moment(uninterrupted, tmp_path):
     """Also while a checkpoint is written, which here is most of the time, and while threads read.
     Each kill loses two steps at most: one whose checkpoint is written, and one trained meanwhile.
@@ -235,13 +198,13 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
     command += ["data.max_in_memory=0", "--run-dir", "r"]
     run, reached, mid_write = tmp_path / "r", 0, 0
     for attempt in range(6):
-        process = Forked(command, cwd=tmp_path)
-        wait_for_step(run, reached + 3)
+        process = cli_helpers.Forked(command, cwd=tmp_path)
+        cli_helpers.wait_for_step(run, reached + 3)
         if attempt % 2:
             time.sleep(random.random() / 20)
         else:
             unfinished = (run / "checkpoints").glob
-            with within(60, "a checkpoint that is being written") as expired:
+            with cli_helpers.within(60, "a checkpoint that is being written") as expired:
                 while not list(unfinished(".last.*.tmp")) and process.process.is_alive():
                     expired()
         os.kill(process.process.pid, signal.SIGKILL)
@@ -256,16 +219,12 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
     assert_curve_without_gaps(run, STEPS)
     names = [path.name for path in sorted((run / "checkpoints").glob("step*"))]
     assert names == [f"step-{step:08d}.safetensors" for step in (STEPS - 1, STEPS)]
-    assert_same_run(run, uninterrupted)
-
-
-# --- the same command, or nearly ------------------------------------------------------------------
+    cli_helpers.assert_same_run(run, uninterrupted)
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A finished run of 20 steps."""
-    return copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
+    return cli_helpers.copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
 
 
 def refused(run, words, message, how="auto", directory=None):
@@ -275,7 +234,6 @@ def refused(run, words, message, how="auto", directory=None):
         resume.checkpoint_to_resume(config, RunDirectory(directory or run), how)
 
 
-@pytest.mark.run
 def test_a_finished_run_is_left_alone(run, tmp_path):
     """Also by a command with other ways to read the data or to compute a step."""
 
@@ -298,7 +256,6 @@ def test_a_finished_run_is_left_alone(run, tmp_path):
     refused(run, [], "--resume never", "never")
 
 
-@pytest.mark.run
 def test_changed_keys_are_named(run):
     advice = "\nto go on with this run, give its values%s; to start anew, choose another --run-dir$"
     extend = advice % ", or add --extend for those of this command"
@@ -314,7 +271,6 @@ def test_changed_keys_are_named(run):
     refused(run, ["train.optimizer=adamax", "train.lr=1e-4"], "adamax" + advice % "")
 
 
-@pytest.mark.run
 def test_a_finished_run_is_extended(run, tmp_path):
     before = metrics(run)
     longer = [*TINY_RUN, "train.num_steps=30", "train.lr=1e-3"]
@@ -348,9 +304,7 @@ def test_a_finished_run_is_extended(run, tmp_path):
     assert summary(run)["finished"] and summary(run)["step"] > 30
 
 
-@pytest.mark.run
 def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
-    """From there on with another schedule; the old run stays as it is."""
     source = run / "checkpoints" / "step-00000015.safetensors"
     more = [*TINY_RUN, "train.num_steps=30", "train.lr=1e-4"]
     new = ["--run-dir", "new"]
@@ -367,7 +321,6 @@ def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
         refused(run, [word], f"{source} was trained with {key}=", str(source), tmp_path / "newer")
 
 
-@pytest.mark.run
 def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
     """The curve after it goes; new checkpoints do not count as older than the abandoned ones."""
     source = run / "checkpoints" / "step-00000015.safetensors"
@@ -379,7 +332,6 @@ def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
     assert {"step-00000016.safetensors", "step-00000017.safetensors"} <= names
 
 
-@pytest.mark.run
 @pytest.mark.parametrize("folder", [[], ["--run-dir", "new"]], ids=["same folder", "new folder"])
 def test_the_checkpoint_resumed_from_is_the_last_good_state(folder, run, tmp_path):
     """The first step is not finite, and rolls back to it, not to a later one in the folder."""
@@ -390,7 +342,6 @@ def test_the_checkpoint_resumed_from_is_the_last_good_state(folder, run, tmp_pat
     assert checkpoint_format.read(last(tmp_path / "new" if folder else run)).meta["step"] == 15
 
 
-@pytest.mark.run
 def test_changed_images_are_noticed(tmp_path):
     data = npz(tmp_path / "own.npz")
     fit(a_config(data=data), RunDirectory(tmp_path / "r"), CPU)
@@ -400,9 +351,7 @@ def test_changed_images_are_noticed(tmp_path):
         fit(longer, RunDirectory(tmp_path / "r"), CPU, resume.EXTEND)
 
 
-@pytest.mark.run
 def test_a_run_that_pauses(tmp_path):
-    """Each command goes on to its share, with a validation, and no further. The end is the same."""
     command = ["train", *TINY_RUN, "train.validate_every=1000", "--run-dir"]
     for share, step in ((0.26, 6), (0.2, 6), (0.5, 10), (1, 20)):
         done = quick(*command, "paused", "--until", share, cwd=tmp_path).ok()
@@ -425,7 +374,6 @@ def test_the_share_of_a_budget_of_time():
     assert ends == [False, True] and not state.reached_end(900.0)
 
 
-@pytest.mark.run
 @pytest.mark.parametrize("used", [3599.9, 3601.0])
 def test_a_budget_includes_the_time_that_was_used(used, tmp_path, monkeypatch):
     """Even if it ran out in a validation before a kill: a step follows, and the end of the run."""

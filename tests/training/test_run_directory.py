@@ -10,23 +10,11 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import cli_helpers
 import pytest
 import torch
 from catalogue import SMALL, TINY_RUN
-from cli_helpers import (
-    Forked,
-    assert_same_run,
-    copy_of,
-    last,
-    left_overs,
-    metrics,
-    quick,
-    summary,
-    trained,
-    tree,
-    wait_for_step,
-    within,
-)
+from cli_helpers import copy_of, last, left_overs, metrics, quick, summary, trained, tree
 from helpers import a_config
 
 from flowtrain.checkpoints import format as checkpoint_format
@@ -45,9 +33,6 @@ ENDLESS = ["train", *SMALL, "train.num_steps=100_000", "train.log_every=1", "--r
 @pytest.fixture
 def run(tmp_path):
     return copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
-
-
-# --- kills ----------------------------------------------------------------------------------------
 
 
 def old_summary(run):
@@ -79,7 +64,7 @@ def test_a_finished_run_is_brought_up_to_date(kill, run, tmp_path):
     assert "nothing to do" in done.out and "damaged" not in done.out
     whole = trained()["glow"]
     assert summary(run) == summary(whole)
-    assert_same_run(run, whole)
+    cli_helpers.assert_same_run(run, whole)
     assert tree(run) == tree(whole) and left_overs(run) == []
 
 
@@ -90,16 +75,12 @@ def test_a_stopped_run_is_brought_up_to_date(run, tmp_path, monkeypatch):
     def loop(*args):
         raise RunError(summary(run))
 
-    last(run).unlink()
-    last(run).hardlink_to(run / "checkpoints" / "step-00000015.safetensors")
+    cli_helpers.put_back(run, 15)
     (run / "summary.json").unlink()
     monkeypatch.setattr("flowtrain.training.loop._loop", loop)
     with pytest.raises(RunError) as raised:
         fit(load_config(run / "config.yaml"), RunDirectory(run), CPU)
     assert raised.value.args[0]["step"] == 15 and not raised.value.args[0]["finished"]
-
-
-# --- a checkpoint that is written in the background -----------------------------------------------
 
 
 @pytest.fixture
@@ -127,7 +108,6 @@ def train(folder, **keys):
 
 @pytest.mark.run
 def test_training_continues_while_a_checkpoint_is_written(tmp_path, meanwhile):
-    """The file has the state of the checkpoint's step."""
     train(tmp_path / "plain", num_steps=20)
 
     def lines():  # the last one may be half written
@@ -135,13 +115,13 @@ def test_training_continues_while_a_checkpoint_is_written(tmp_path, meanwhile):
 
     def two_steps():
         wanted = lines() + 2
-        with within(30, "two steps") as expired:
+        with cli_helpers.within(30, "two steps") as expired:
             while lines() < wanted:
                 expired()
 
     meanwhile(two_steps)
     train(tmp_path / "r", num_steps=20)
-    assert_same_run(tmp_path / "r", tmp_path / "plain")
+    cli_helpers.assert_same_run(tmp_path / "r", tmp_path / "plain")
     names = [name for name in tree(tmp_path / "r") if name.endswith(".safetensors")]
     assert len(names) == 6  # of 4 steps, the last, and the best
     for name in names:
@@ -191,9 +171,6 @@ def test_the_lock_is_held_until_the_thread_has_written(tmp_path, monkeypatch):
     assert run.best.exists() and left_overs(run.path) == []
 
 
-# --- damaged lines --------------------------------------------------------------------------------
-
-
 DAMAGE = {
     "bit": lambda line: line[:3] + bytes([line[3] ^ 1]) + line[4:],  # "step" is "suep"
     "bytes": lambda line: b"\xff\xfe" + line,
@@ -225,15 +202,12 @@ def test_damaged_lines_of_metrics_are_moved(kind, run, capsys):
     assert capsys.readouterr().out.count("damaged lines") == 1
 
 
-# --- names that lead elsewhere --------------------------------------------------------------------
-
 ELSEWHERE = {"pipe": os.mkfifo, "link": lambda path: path.symlink_to("../private")}
 
 
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "metrics.damaged.jsonl"])
 @pytest.mark.parametrize("kind", ELSEWHERE)
 def test_a_run_directory_leads_nowhere_else(kind, name, tmp_path):
-    """Nothing waits for a pipe, or writes to the target of a link."""
     run = RunDirectory(tmp_path / "r")
     run.path.mkdir()
     (tmp_path / "private").write_text("")
@@ -273,9 +247,6 @@ def test_a_summary_that_is_no_file_is_written_anew(tmp_path):
     assert run.summary() == {"step": 1}
 
 
-# --- locks and deletion ---------------------------------------------------------------------------
-
-
 @pytest.mark.run
 def test_one_process_at_a_time(tmp_path):
     """Also after the file `.lock` was deleted."""
@@ -292,8 +263,8 @@ def test_one_process_at_a_time(tmp_path):
 @pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
 def test_a_deleted_run_directory_stops_the_run(replaced, tmp_path):
     often = ["train.checkpoint_every=10", "train.sample_every=5", "train.validate_every=5"]
-    process = Forked([*ENDLESS, *often], cwd=tmp_path)
-    wait_for_step(tmp_path / "r", 3)
+    process = cli_helpers.Forked([*ENDLESS, *often], cwd=tmp_path)
+    cli_helpers.wait_for_step(tmp_path / "r", 3)
     (tmp_path / "r").rename(tmp_path / "aside")
     if replaced:
         (tmp_path / "r").mkdir()
@@ -305,9 +276,6 @@ def test_a_deleted_run_directory_stops_the_run(replaced, tmp_path):
     # if the directory was replaced.
     left = [name for name in tree(tmp_path) if not (replaced and "tfevents" in name)]
     assert left == (["r"] if replaced else [])
-
-
-# --- a damaged checkpoint, and a last validation that is not finite -------------------------------
 
 
 @pytest.mark.run
@@ -329,7 +297,7 @@ def test_a_damaged_checkpoint_names_the_sound_ones(run, tmp_path):
     done.failed(2, "last.safetensors: damaged", sound, f"{advice.format(15)} {source}")
     assert done.err.count("\n") <= 6
     quick("train", *TINY_RUN, "--resume", source, cwd=tmp_path).ok()
-    assert_same_run(run, trained()["glow"])
+    cli_helpers.assert_same_run(run, trained()["glow"])
     for path in folder.glob("*.safetensors"):
         damage(path)
     quick("train", *TINY_RUN, cwd=tmp_path).failed(2, "no other checkpoint of this run is sound")
@@ -344,14 +312,3 @@ def test_a_last_validation_that_is_not_finite(tmp_path, monkeypatch):
             fit(a_config(train={"validate_every": 2}), RunDirectory(tmp_path), CPU)
     assert checkpoint_format.read(last(tmp_path)).meta["progress"]["finished"]
     assert summary(tmp_path)["finished"]
-
-
-@pytest.mark.parametrize("keep, left", [(0, [9]), (2, [4, 5, 9]), (9, [1, 4, 5, 9])])
-def test_the_newest_checkpoints_up_to_a_step_are_kept(keep, left, tmp_path):
-    run = RunDirectory(tmp_path)
-    run.checkpoints.mkdir()
-    files = {step: run.checkpoints / f"step-{step:08d}.safetensors" for step in (1, 4, 5, 9)}
-    for file in files.values():
-        file.touch()
-    run.prune(5, keep)
-    assert [step for step, file in files.items() if file.exists()] == left

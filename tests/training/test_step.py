@@ -39,7 +39,6 @@ def state_of(config, shape=SHAPE):
 
 
 def trained_state(optimizer="adam"):
-    """A state after one step, with its images."""
     config = a_config(train={"optimizer": optimizer, "weight_decay": 0.1, "clip_norm": 1.0})
     flow = tiny_flow(seed=1)
     state = State(config, flow, build_optimizers(flow, config.train), EMA(flow, 0.5), {})
@@ -85,7 +84,6 @@ def test_a_non_finite_loss_has_no_finite_gradient(monkeypatch):
 
 @pytest.mark.run
 def test_one_non_finite_weight_is_noticed():
-    """By few operators and one read, whatever the number of parameters."""
     state, _ = trained_state()
     with Counting() as counting:
         assert state.weights_are_finite()
@@ -96,8 +94,6 @@ def test_one_non_finite_weight_is_noticed():
         weight[-1] = value
         assert state.weights_are_finite() is finite
 
-
-# --- a step waits for nothing ---------------------------------------------------------------------
 
 # As many passes as the numbers require: those of a solver, and of a search for an inverse.
 SEARCHING = {"cnf": get_args(Mode), "planar": ["reversible"], "mixture": ["reversible"]}
@@ -178,9 +174,6 @@ def test_the_test_above_would_notice(read, monkeypatch):
             read(x)
 
 
-# --- the memory of a step -------------------------------------------------------------------------
-
-
 @pytest.mark.run
 @pytest.mark.parametrize("memory", get_args(Mode))
 @pytest.mark.parametrize("model", ["glow", "cnf"])
@@ -228,9 +221,6 @@ def test_the_largest_that_would_fit_does(processes, monkeypatch):
         UserError, match="^train.batch_size: .* at most 0 would fit; use smaller im"
     ):
         require(monkeypatch, 100, 1)
-
-
-# --- noise and labels -----------------------------------------------------------------------------
 
 
 def test_the_noise_of_an_image_is_the_same_however_a_run_is_divided(monkeypatch):
