@@ -21,7 +21,6 @@ from flowtrain.tools.explore import server as serving
 from flowtrain.tools.explore.background import Background
 from flowtrain.tools.explore.command import explore
 from flowtrain.tools.explore.session import READING, UPLOADS, Session
-from flowtrain.tools.explore.worker import Superseded
 
 pytestmark = pytest.mark.run
 
@@ -115,15 +114,24 @@ def test_nothing_is_downloaded_unasked():
         assert running.post("data", {})[1]["test"] == 180  # and nothing is read again
 
 
-def test_a_request_ends_with_the_server(monkeypatch):
-    running = Running(a_session())
-    begun, answers = threading.Event(), []
+def held(running, monkeypatch):
+    """Events: an image has begun, which takes until it is given up, and it was."""
+    begun, stopped = threading.Event(), threading.Event()
 
     def image(place, check):
         begun.set()
-        until(check)
+        try:
+            until(check)
+        finally:
+            stopped.set()
 
     monkeypatch.setattr(running.session, "image", image)
+    return begun, stopped
+
+
+def test_a_request_ends_with_the_server(monkeypatch):
+    running, answers = Running(a_session()), []
+    begun, _ = held(running, monkeypatch)
     ask = threading.Thread(target=lambda: answers.append(running.post("show", {"place": PLACE})))
     ask.start()
     assert begun.wait(20)
@@ -380,17 +388,7 @@ def test_large_files_arrive_in_turn(parts, turns):
 
 
 def test_work_for_a_closed_page_is_given_up(running, monkeypatch):
-    begun, stopped = threading.Event(), threading.Event()
-
-    def image(place, check):
-        begun.set()
-        try:
-            until(check)
-        except Superseded:
-            stopped.set()
-            raise
-
-    monkeypatch.setattr(running.session, "image", image)
+    begun, stopped = held(running, monkeypatch)
     body = json.dumps({"tab": "pagegone", "turn": 0, "place": PLACE}).encode()
     with running.connect(head(running, "show", f"Content-Length: {len(body)}") + body):
         assert begun.wait(20)

@@ -1,6 +1,4 @@
-"""Exported graphs: each family of models, wrong files that are refused, the command, and the page
-of docs/howto/export.md in a browser.
-"""
+"""Exported graphs: each family of models, wrong files, the command, and the page in a browser."""
 
 import functools
 import json
@@ -38,6 +36,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 ALL, NO_DECODE, SCORE = {"log_prob", "encode", "decode"}, {"log_prob", "encode"}, {"log_prob"}
 GLOW = {"levels": 1, "steps": 1, "width": 4}
 PIXELS = {"attention": 1, "pixels": True}
+VARIATIONAL = {"name": "variational", "steps": 1, "width": 4}
 # Options of a tiny model, other dequantization, and the graphs.
 FAMILIES = {
     "nice": ({"couplings": 2}, {}, ALL),
@@ -46,11 +45,7 @@ FAMILIES = {
     "glow additive": ({**GLOW, "coupling": "additive", "permutation": "shuffle"}, {}, ALL),
     "glow spline": ({**GLOW, "coupling": "spline", "bins": 4, "prior": "spline"}, {}, ALL),
     "glow mixture": ({**GLOW, "coupling": "mixture"}, {}, ALL),
-    "glow variational": (
-        {**GLOW, "conditioner": "gated"},
-        {"name": "variational", "steps": 1, "width": 4},
-        ALL,
-    ),
+    "glow variational": ({**GLOW, "conditioner": "gated"}, VARIATIONAL, ALL),
     "maf": ({"transform": "spline"}, {}, NO_DECODE),
     "causal": (PIXELS, {}, SCORE),
     "causal classes": ({**PIXELS, "classes": 2, "token": 1, "downsample": 1}, {}, SCORE),
@@ -59,7 +54,7 @@ FAMILIES = {
 }
 # torch translates 50 operations in a second. These have a loop, a matrix that is inverted before,
 # and a function with a gradient of its own.
-FAST = {"nice", "glow mixture", "causal"}
+FAST = ["nice", "glow mixture", "causal"]
 
 
 def a_model(family, points=False):
@@ -83,10 +78,10 @@ def exported(family):
     return model, exporting.export(model, "onnx", opset=20, note=said.append), said
 
 
-@pytest.mark.parametrize(
-    "family",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in FAST]
+
+
+@pytest.mark.parametrize("family", [*FAST, *SLOW])
 def test_a_family_in_onnxruntime(family):
     """`export` compares likelihoods and latents with torch. Other images agree, too."""
     (model, files, said), names = exported(family), FAMILIES[family][2]
@@ -120,20 +115,17 @@ def test_facts_in_the_file():
     assert beside["shape"] == [3, 4, 4] and beside["levels"] == 256
 
 
-def test_a_damaged_model_is_refused():
-    model = a_model("maf", points=True)
-    next(p for p in model.flow.parameters() if p.ndim == 2).view(-1)[0] = torch.nan
-    with pytest.raises(RunError, match="log_prob of test images: the largest difference is nan"):
-        exporting.export(model, "torch", torch.randn(8, 2, 1, 1, generator=seeded()))
-
-
 def test_points_and_the_format_of_torch():
+    """A damaged model is refused."""
     model = a_model("nice", points=True)
     files = exporting.export(model, "torch")
     assert files.keys() == {"model.json", "log_prob.pt2", "encode.pt2", "decode.pt2"}
     x = torch.randn(5, 2, 1, 1, generator=seeded())
     (log_prob,) = formats.runner(files["log_prob.pt2"], "torch")({"x": x.numpy()})
     np.testing.assert_allclose(log_prob, model.flow.log_prob(x), rtol=1e-5)
+    next(p for p in model.flow.parameters() if p.ndim == 2).view(-1)[0] = torch.nan
+    with pytest.raises(RunError, match="log_prob of test images: the largest difference is nan"):
+        exporting.export(model, "torch", x)
 
 
 @pytest.mark.parametrize(
@@ -281,11 +273,8 @@ def test_the_page_in_a_browser(tmp_path):
         assert abs(float(bits) - expected) < 6e-5  # four decimals
         mode = model.flow.decode(torch.zeros(1, 48))[0].permute(1, 2, 0)
         page.evaluate("scale.value = 0; scale.dispatchEvent(new Event('input'))")
-        page.wait_for_function(
-            """mode => `${decoded.getContext("2d").getImageData(0, 0, 4, 4).data}` == mode""",
-            arg=",".join(
-                map(str, torch.cat([mode, torch.full((4, 4, 1), 255)], 2).flatten().tolist())
-            ),
-        )
+        opaque = torch.cat([mode, torch.full((4, 4, 1), 255)], dim=2).flatten().tolist()
+        shown = """mode => `${decoded.getContext("2d").getImageData(0, 0, 4, 4).data}` == mode"""
+        page.wait_for_function(shown, arg=",".join(map(str, opaque)))
         browser.close()
         server.shutdown()

@@ -137,9 +137,7 @@ def causal(scale=0.3):
 
 
 def distance(x, weights):
-    """Total variation between samples `(N, 1, 2, 2)` and the weights of `EVERYTHING`, relative to
-    its average for as many independent samples.
-    """
+    """Total variation from the weights of `EVERYTHING`, in units of that of independent samples."""
     probability = weights / weights.sum()
     places = LEVELS ** torch.arange(3, -1, -1)
     found = torch.bincount((x.flatten(1) * places).sum(1), minlength=LEVELS**4) / len(x)
