@@ -13,11 +13,10 @@ import pytest
 import torch
 from catalogue import sets
 from cli_helpers import FOLDER, quick, tree
-from coding_helpers import affine_flow, causal_flow, picture, smooth
-from helpers import a_config, images
+from coding_helpers import affine_flow, causal_flow, loaded, opened, picture, smooth
+from helpers import images
 from PIL import Image
 
-from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
@@ -26,7 +25,6 @@ from flowtrain.pictures.lossless import encoded, file_sizes
 from flowtrain.tools.archive import compress, strips
 from flowtrain.tools.archive import format as archive
 from flowtrain.tools.archive.codec import Codec, DirectCodec, coder_of
-from flowtrain.tools.archive.decompress import Opened
 from flowtrain.tools.archive.inputs import ordinary_sizes
 
 pytest.importorskip("constriction")
@@ -51,11 +49,6 @@ def digits(model):
     return DataSet(model.config.data).split("train").take(slice(0, 500))
 
 
-def loaded(flow) -> LoadedModel:
-    file = Checkpoint(Path("a.safetensors"), {"config": a_config().resolved()}, {})
-    return LoadedModel(flow.eval().requires_grad_(False), a_config(), "raw", file)
-
-
 @pytest.fixture
 def causal():
     return loaded(causal_flow((3, 4, 4), scale=0.01, x=faint(64)))
@@ -69,11 +62,6 @@ def faint(count: int) -> torch.Tensor:
 def made(model, x: torch.Tensor, names="train", plain=None, **options) -> compress.Compressed:
     """With the flow, however much it takes, unless `plain` is given."""
     return compress.choose(compress.prepare(model, x), names, plain=plain, **options)
-
-
-def opened(path, data: bytes) -> Opened:
-    path.write_bytes(data)
-    return Opened(path)
 
 
 @pytest.mark.parametrize("count", [1, 500])

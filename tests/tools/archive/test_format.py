@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from coding_helpers import affine_flow, smooth, stored
-from helpers import a_config, images
+from coding_helpers import affine_flow, loaded, opened, smooth, stored
+from helpers import images
 
-from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.errors import UserError
 from flowtrain.pictures.lossless import encoded
@@ -25,18 +24,10 @@ pytest.importorskip("constriction")
 ROOM = 10**9  # bytes of memory
 
 
-def opened(path, data: bytes, memory: int | None = None) -> Opened:
-    path.write_bytes(data)
-    return Opened(path, memory)
-
-
 @pytest.fixture(scope="module")
 def coded() -> tuple[LoadedModel, bytes]:
     """A model, and an archive of three streams and a stored image."""
-    meta = {"config": a_config().resolved(), "shape": [3, 8, 8], "levels": 32, "step": 1}
-    flow = affine_flow((3, 8, 8), 32).eval().requires_grad_(False)
-    file = Checkpoint(Path("affine.safetensors"), {**meta, "format": 1, "versions": {}}, {})
-    model = LoadedModel(flow, a_config(), "raw", file)
+    model = loaded(affine_flow((3, 8, 8), 32), shape=[3, 8, 8], levels=32, format=1)
     x = torch.cat([torch.full((1, 3, 8, 8), 31).byte(), smooth(70, (3, 8, 8)) // 16 + 8])
     prepared = compress.prepare(model, x)
     return model, compress.choose(prepared, "train", embed=True, stream_size=24).data

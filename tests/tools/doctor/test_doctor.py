@@ -2,13 +2,13 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from catalogue import TINY
 from cli_helpers import copy_of, quick, trained
+from coding_helpers import loaded
 from helpers import REPOSITORY, a_config, images, npz, perturb, seeded
 from torch import nn
 
@@ -16,8 +16,7 @@ from flowtrain import config as configuration
 from flowtrain.bijections import ActNorm, Bijection, Conv1x1, Conv1x1LU, Sequential
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel, load_model
+from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import layers_of, log_scale_ranges
@@ -62,8 +61,7 @@ def a_model(
     flow = perturb(build_flow(config, data_set.shape, data_set.num_bins), scale)
     x = data_set.split("train").take(slice(None))
     initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
-    described = Checkpoint(Path("model.safetensors"), {}, {})
-    return LoadedModel(flow.eval().requires_grad_(False), config, "raw", described), data_set
+    return loaded(flow, config), data_set
 
 
 def examined(model, data, **options):
@@ -514,16 +512,16 @@ def test_memory_that_runs_out_and_other_data_are_no_findings(tmp_path, monkeypat
         examine(model, other)
 
 
-def test_the_command(tmp_path):
-    """It exits with 1 after writing. The run is damaged."""
-    run = copy_of(trained()["glow"], tmp_path / "runs" / "glow")
-    best = run / "checkpoints" / "best.safetensors"
-    saved = checkpoint_format.read(best)
-    saved.tensors[f"model.bijection.levels.0.layers.3.{WEIGHT}"].flatten()[0] = math.nan
-    checkpoint_format.write(best, saved.meta, saved.tensors)
+@pytest.fixture
+def run(tmp_path):
+    return copy_of(trained()["glow"], tmp_path / "runs" / "glow")
+
+
+def test_the_command(run, tmp_path):
     done = quick("doctor", "--num-images", 5, "--seed", 1, "--weights", "raw", cwd=tmp_path)
-    done.failed(1, "findings are bad, the worst first: levels.0.layers.3, the whole model")
-    assert "not finite" in done.out
+    done.failed(
+        1, "1 of", "the worst first: the whole model"
+    )  # worse than a uniform coder after 20 steps
     values = json.loads((run / "doctor.json").read_text())
     findings = values["findings"]
     assert "wrote runs/glow/doctor.json" in done.out
@@ -550,7 +548,23 @@ def test_the_command(tmp_path):
     assert largest in " ".join(done.out.split())
     done = quick("doctor", "two_moons", "--num-images", 2, "--json", "-", cwd=tmp_path).ok()
     assert json.loads(done.out)["verdict"] == "ok" and "verdict: ok" in done.err
-    assert not list(tmp_path.rglob("two_moons/doctor.json"))
+
+
+def test_a_damaged_model_exits_with_1_after_writing(run, tmp_path):
+    saved = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
+    saved.tensors["ema.bijection.levels.1.layers.1.log_scale"].flatten()[0] = -1e3
+    saved.tensors[f"ema.bijection.levels.0.layers.3.{WEIGHT}"].flatten()[0] = math.nan
+    checkpoint_format.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
+    words = ("--num-images", 2, "--json", "deep/er/a.json")
+    done = quick("doctor", "nan.safetensors", *words, cwd=tmp_path)
+    names = ["levels.0.layers.3", "levels.1.layers.1", "the whole model"]
+    done.failed(1, f"findings are bad, the worst first: {', '.join(names)}")
+    values = json.loads((tmp_path / "deep/er/a.json").read_text())
+    assert values["verdict"] == "bad" and values["weights"] == "ema"
+    wrong = {f["layer"] for f in values["findings"] if f["verdict"] == "bad"}
+    assert wrong == {*names[:2], ""}
+    assert "verdict: bad" in done.out and "not finite" in done.out
+    assert not (tmp_path / "doctor.json").exists()
 
 
 def test_every_check_is_documented():

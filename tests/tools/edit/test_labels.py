@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from coding_helpers import picture
+from coding_helpers import loaded, picture
 from helpers import a_config, tiny_flow
 
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.tools.edit import labels
@@ -17,8 +15,7 @@ from flowtrain.tools.edit import labels
 
 @pytest.fixture(scope="module")
 def model():
-    file = Checkpoint(Path("a.safetensors"), {}, {})
-    return LoadedModel(tiny_flow("nice", (1, 8, 8), 17), a_config("nice"), "raw", file)
+    return loaded(tiny_flow("nice", (1, 8, 8), 17), a_config("nice"))
 
 
 @pytest.fixture

@@ -5,21 +5,19 @@ import json
 import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from catalogue import TINY
 from cli_helpers import quick, trained, tree
+from coding_helpers import loaded
 from helpers import REPOSITORY, a_config, perturb, seeded
 from PIL import Image
 from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
 
 from flowtrain import Foreign
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.flow import initialize
 from flowtrain.foreign.model import ForeignModel
@@ -66,9 +64,7 @@ def a_model(family, points=False):
     flow = perturb(build_flow(config, shape, levels), 0.1)
     x = flow.kind.random((64, *shape), seeded())
     initialize(flow, x, torch.rand(x.shape, generator=seeded()))
-    meta = {"config": config.resolved(), "step": 0, "versions": {}}
-    checkpoint = Checkpoint(Path("tiny.safetensors"), meta, {})
-    return LoadedModel(flow.eval().requires_grad_(False), config, "raw", checkpoint)
+    return loaded(flow, config, "tiny.safetensors")
 
 
 @functools.cache
@@ -123,9 +119,10 @@ def test_points_and_the_format_of_torch():
     x = torch.randn(5, 2, 1, 1, generator=seeded())
     (log_prob,) = formats.runner(files["log_prob.pt2"], "torch")({"x": x.numpy()})
     np.testing.assert_allclose(log_prob, model.flow.log_prob(x), rtol=1e-5)
-    next(p for p in model.flow.parameters() if p.ndim == 2).view(-1)[0] = torch.nan
+    damaged = a_model("maf", points=True)
+    next(p for p in damaged.flow.parameters() if p.ndim == 2).view(-1)[0] = torch.nan
     with pytest.raises(RunError, match="log_prob of test images: the largest difference is nan"):
-        exporting.export(model, "torch", x)
+        exporting.export(damaged, "torch", x)
 
 
 @pytest.mark.parametrize(
@@ -184,9 +181,8 @@ def test_a_likelihood_that_is_no_graph(name, monkeypatch):
 def test_a_flow_of_other_code():
     base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
     flow = ForeignModel(Foreign(TransformedDistribution(base, [AffineTransform(0.5, 2.0)]), (2,)))
-    model = LoadedModel(flow, a_config("nice"), "raw", Checkpoint(Path("own.py:flow"), {}, {}))
     with pytest.raises(UserError, match="own.py:flow: a flow of other code"):
-        exporting.export(model, "torch")
+        exporting.export(loaded(flow, path="own.py:flow"), "torch")
 
 
 @pytest.mark.parametrize("to", ["onnx", "torch"])

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import quick, trained
+from coding_helpers import loaded
 from helpers import a_config, images, npz, tiny_flow
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from flowtrain.bijections import Bijection
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
@@ -33,9 +32,8 @@ def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
     """A tiny model of random images; `own` are its data."""
     size = (*shape[1:], shape[0])
     section = npz(tmp_path / "own.npz", train=40, test=30, shape=size, validation=10, **data)
-    checkpoint = Checkpoint(tmp_path / "model", {"step": 3}, {})
     config = a_config("glow", data=section)
-    return LoadedModel(tiny_flow("glow", shape, levels), config, "raw", checkpoint)
+    return loaded(tiny_flow("glow", shape, levels), config, tmp_path / "model")
 
 
 def compared(model, *names, **options):

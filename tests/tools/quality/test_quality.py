@@ -9,13 +9,12 @@ import torch
 import torch_fidelity
 from catalogue import sets
 from cli_helpers import quick
-from helpers import a_config, images, npz, seeded, tiny_flow
+from coding_helpers import loaded
+from helpers import images, npz, seeded, tiny_flow
 from sklearn.datasets import load_digits
 from torch import nn
 
 import flowtrain
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.errors import UserError
 from flowtrain.pictures.sample import decode, sample
 from flowtrain.system.random import Stream, generator
@@ -182,13 +181,9 @@ def test_statistics_in_a_file(tmp_path):
     file, mu, sigma = tmp_path / "s.npz", np.ones(3, np.float32), np.eye(3)
     np.savez(file, mu=mu, sigma=sigma)
     assert figures.statistics_in(file).mu.dtype == np.float64
-    for wrong, message in (
-        ({"mu": mu, "sigma": sigma[:2]}, "sigma has the shape .2, 3., expected 3 x 3"),
-        ({"mu": mu, "sigma": sigma * np.nan}, "s.npz: the statistics are not finite"),
-    ):
-        np.savez(file, **wrong)
-        with pytest.raises(UserError, match=message):
-            figures.statistics_in(file)
+    np.savez(file, mu=mu, sigma=sigma[:2])
+    with pytest.raises(UserError, match="sigma has the shape .2, 3., expected 3 x 3"):
+        figures.statistics_in(file)
 
 
 class Stub(nn.Module):
@@ -223,11 +218,8 @@ def test_the_weights_of_inception(tmp_path, monkeypatch):
         networks.load("inception", (1, 6, 5), CPU)
 
 
-def a_model(tmp_path, name="glow", **options):
-    config = a_config(name)
-    meta = {"step": 3, "config": config.resolved()}
-    flow = tiny_flow(name, (1, 4, 4), **options)
-    return LoadedModel(flow, config, "raw", Checkpoint(tmp_path / "model", meta, {}))
+def a_model(tmp_path, **options):
+    return loaded(tiny_flow("glow", (1, 4, 4), **options), path=tmp_path / "model")
 
 
 def test_samples_depend_on_the_seed_and_their_position(tmp_path, monkeypatch):
