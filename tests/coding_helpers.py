@@ -1,6 +1,7 @@
-"""Flows whose density is known, and images, for the tests of archives."""
+"""Flows whose density is known, models in memory, and images, for the tests of tools."""
 
 import math
+from pathlib import Path
 
 import torch
 from catalogue import TINY
@@ -10,13 +11,24 @@ from torch import nn
 
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.checkpoints.build import build_flow
+from flowtrain.checkpoints.format import Checkpoint
+from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.flow.dequantize import Dequantizer
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.tools.archive import format as archive
 from flowtrain.tools.archive import strips
+from flowtrain.tools.archive.decompress import Opened
 
 GREY, RGB = (1, 4, 4), (3, 4, 4)
+
+
+def loaded(flow: Flow, config=None, path="a.safetensors", **meta) -> LoadedModel:
+    """A model as if it had been read from a file."""
+    config = config or a_config()
+    meta = {"config": config.resolved(), "step": 3, "versions": {}, **meta}
+    flow = flow.eval().requires_grad_(False)
+    return LoadedModel(flow, config, "raw", Checkpoint(Path(path), meta, {}))
 
 
 def variational(flow: Flow, scale: float = 0.1) -> Flow:
@@ -52,6 +64,11 @@ def smooth(count: int, shape: tuple[int, int, int]) -> torch.Tensor:
 def picture(path, size=(8, 8), mode="L", value=0):
     path.parent.mkdir(exist_ok=True)
     Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path, "PNG")
+
+
+def opened(path: Path, data: bytes, memory: int | None = None) -> Opened:
+    path.write_bytes(data)
+    return Opened(path, memory)
 
 
 def stored(strip: bytes | None = None, parts: list[bytes] | None = None, **changes) -> bytes:

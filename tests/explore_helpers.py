@@ -9,10 +9,10 @@ import threading
 import time
 
 import torch
+from coding_helpers import loaded
 from helpers import a_config, seeded, tiny_flow
 
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
+from flowtrain.checkpoints.load import load_model, model_hash
 from flowtrain.data.splits import DataSet
 from flowtrain.latents import directions
 from flowtrain.latents.directions import Direction
@@ -43,12 +43,11 @@ def a_waiting_session():
 
 def class_session(folder, name="glow"):
     """A tiny model with three classes and an attribute, whose data are not there."""
-    flow = tiny_flow(name, (1, 4, 4), classes=3).eval().requires_grad_(False)
+    flow = tiny_flow(name, (1, 4, 4), classes=3).requires_grad_(False)
     if name == "glow":
         flow.class_prior.mean += 2 * torch.randn(flow.class_prior.mean.shape, generator=seeded(1))
     config = a_config(name, data={"name": "npz", "path": str(folder / "no.npz")})
-    meta = {"config": config.resolved(), "step": 0}
-    model = LoadedModel(flow, config, "raw", Checkpoint(folder / "tiny.safetensors", meta, {}))
+    model = loaded(flow, config, folder / "tiny.safetensors")
     vector = torch.nn.functional.normalize(torch.randn(16, generator=seeded(2)), dim=0)
     thick = Direction("thick", vector, -1.0, 2.0, "difference", 0.9, 0.01, 100)
     directions.save(directions.file_of(model), [thick], model_hash(model))
@@ -110,21 +109,11 @@ class Running:
         assert status == 200, answer
         return answer
 
-    def connect(self, data, timeout=20):
-        """A connection that has sent bytes, which may be no HTTP."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+    def connect(self, data):
+        """A connection that has sent bytes."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         connection.sendall(data)
         return connection
-
-    def raw(self, data):
-        """The response to bytes that may be no HTTP."""
-        with self.connect(data, timeout=5) as connection:
-            connection.shutdown(socket.SHUT_WR)
-            parts = []
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                while part := connection.recv(65536):
-                    parts.append(part)
-            return b"".join(parts)
 
 
 def until(condition, seconds=30.0):

@@ -164,23 +164,12 @@ def nflows_points():
 
 
 def freia_points():
-    freia = library("FrEIA")
-    from FrEIA import modules
-
-    flow = freia.framework.SequenceINN(2)
-    for _ in range(2):
-        flow.append(modules.AllInOneBlock, subnet_constructor=network, permute_soft=True)
-    return trained(flow, flow, reals(), 0.1)
-
-
-def freia_graph():
-    freia = library("FrEIA")
+    library("FrEIA")
     from FrEIA import framework, modules
 
+    options = {"subnet_constructor": network}
     nodes = [framework.InputNode(2, name="input")]
-    nodes.append(
-        freia.framework.Node(nodes[-1], modules.RNVPCouplingBlock, {"subnet_constructor": network})
-    )
+    nodes.append(framework.Node(nodes[-1], modules.RNVPCouplingBlock, options))
     nodes.append(framework.Node(nodes[-1], modules.PermuteRandom, {"seed": 1}))
     nodes.append(framework.OutputNode(nodes[-1]))
     return moved(framework.GraphINN(nodes), 0.1)
@@ -344,8 +333,7 @@ class Halves(Coupling):
         return super().inverse(torch.cat([z[0], z[1][:, :, 0]], dim=1))
 
 
-def of_closures():
-    module = Coupling()
+def of_closures(module):
     return types.SimpleNamespace(
         forward=lambda x: module(x), inverse=lambda z, own=module: own.inverse(z)
     )
@@ -365,16 +353,13 @@ def nflows_cached():
     return flows.Flow(transforms.CompositeTransform(steps), distributions.StandardNormal([2]))
 
 
-HIDDEN = {"hidden_features": [8]}
+HIDDEN = {"transforms": 2, "hidden_features": [8]}
 POINTS = {
     "normflows": normflows_points,
     "nflows": nflows_points,
-    "FrEIA, sequence": freia_points,
-    "FrEIA, graph": freia_graph,
-    "zuko, MAF": lambda: zuko_of("MAF", transforms=2, **HIDDEN),
-    "zuko, NSF": lambda: zuko_of("NSF", transforms=2, **HIDDEN),
-    "zuko, RealNVP": lambda: zuko_of("RealNVP", transforms=2, **HIDDEN),
-    "zuko, NCSF": lambda: zuko_of("NCSF", transforms=2, **HIDDEN),
+    "FrEIA": freia_points,
+    "zuko, MAF": lambda: zuko_of("MAF", **HIDDEN),
+    "zuko, NCSF": lambda: zuko_of("NCSF", **HIDDEN),  # of angles
     "zuko, GMM": lambda: zuko_of("GMM"),
     "torch": transformed_normal,
     "plain": Scaled,
@@ -386,7 +371,8 @@ IMAGES = {
     "normflows, classes": lambda: Foreign(normflows_glow(classes=3), SHAPE, BINS),
     "nflows": lambda: Foreign(nflows_glow(), SHAPE, BINS, offset=-0.5),
     "FrEIA": lambda: Foreign(freia_glow(), SHAPE, BINS, scale=1 / 128, offset=-1),
-    "zuko, flat, logit": lambda: Foreign(zuko_images(), SHAPE, BINS, alpha=0.05, flat=True),
+    "zuko": lambda: Foreign(zuko_glow(logit=True), SHAPE, BINS, flat=True),
+    "zuko, alpha": lambda: Foreign(zuko_glow(), SHAPE, BINS, alpha=0.05, flat=True),
     "noise of a flow of integers": lambda: Foreign(
         Dequantized(True), SHAPE, BINS, scale=1.0, adds_noise=True
     ),
@@ -399,16 +385,11 @@ OWN = {
     "old weight_norm": lambda: Coupling(old_weight_norm),
     "trained normal": trained_normal,
     "nflows, cached": nflows_cached,
-    "zuko, distribution": lambda: zuko_of("MAF", transforms=2, **HIDDEN)(),
-    "closures": of_closures,
+    "zuko, distribution": lambda: zuko_of("MAF", **HIDDEN)(),
+    "closures": lambda: of_closures(Coupling()),
     "object around a module": lambda: Around(Coupling(batch_norm)),
 }
 ESTIMATES = {"residual": normflows_residual, "estimated": Estimated}
-
-
-def zuko_images():
-    zuko = library("zuko")
-    return zuko.flows.NICE(64, transforms=2, hidden_features=[8]).eval()
 
 
 def zuko_glow(logit=False):
@@ -432,9 +413,7 @@ def zuko_glow(logit=False):
 
 
 def altered_part(flow, name, method, change):
-    """Replaces the results of a method in the distribution that a zuko flow makes in each call, or
-    in a transform of it.
-    """
+    """Replaces results of the distribution that a zuko flow makes in each call, or of a part."""
 
     def forward(own, self, *args):
         distribution = own(*args)
@@ -467,27 +446,27 @@ def altered(module, method, change):
 
 
 FORWARD = {"normflows": "inverse", "nflows": "forward", "FrEIA": "forward"}  # data to latents
-INVERSE = {"normflows": "forward", "nflows": "inverse", "FrEIA": "forward"}
+INVERSE = {"normflows": "forward", "nflows": "inverse", "FrEIA": "rev"}
+CONVOLUTION = {"normflows": "Invertible1x1Conv", "nflows": "OneByOneConvolution"}
+CONVOLUTION["FrEIA"] = "Fixed1x1Conv"
+COUPLING = {"normflows": "AffineCouplingBlock", "nflows": "AffineCouplingTransform"}
+COUPLING["FrEIA"] = "GLOWCouplingBlock"
+
+
+def altered_results(module, method, change):
+    """`change(z, log_det)` of a method. FrEIA has z in a tuple, and `rev` for the inverse."""
+
+    def changed(own, self, *args, **kwargs):
+        z, log_det = own(*args, **kwargs)
+        if method == "rev" and not kwargs.get("rev"):
+            return z, log_det
+        new, log_det = change(z[0] if isinstance(z, tuple) else z, log_det)
+        return (new,) if isinstance(z, tuple) else new, log_det
+
+    altered(module, "forward" if method == "rev" else method, changed)
 
 
 def altered_log_det(library, module, change):
     """Replaces the log-det of a layer in both directions."""
-    for method in {FORWARD[library], INVERSE[library]}:
-
-        def both(own, self, *args, **kwargs):
-            z, log_det = own(*args, **kwargs)
-            return z, change(log_det)
-
-        altered(module, method, both)
-
-
-CONVOLUTION = {
-    "normflows": "Invertible1x1Conv",
-    "nflows": "OneByOneConvolution",
-    "FrEIA": "Fixed1x1Conv",
-}
-COUPLING = {
-    "normflows": "AffineCouplingBlock",
-    "nflows": "AffineCouplingTransform",
-    "FrEIA": "GLOWCouplingBlock",
-}
+    for method in {FORWARD[library], INVERSE[library]} - {"rev"}:
+        altered_results(module, method, lambda z, log_det: (z, change(log_det)))

@@ -13,11 +13,10 @@ import pytest
 import torch
 from catalogue import sets
 from cli_helpers import FOLDER, quick, tree
-from coding_helpers import affine_flow, causal_flow, picture, smooth
-from helpers import a_config, images
+from coding_helpers import affine_flow, causal_flow, loaded, opened, picture, smooth
+from helpers import images
 from PIL import Image
 
-from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
@@ -26,7 +25,6 @@ from flowtrain.pictures.lossless import encoded, file_sizes
 from flowtrain.tools.archive import compress, strips
 from flowtrain.tools.archive import format as archive
 from flowtrain.tools.archive.codec import Codec, DirectCodec, coder_of
-from flowtrain.tools.archive.decompress import Opened
 from flowtrain.tools.archive.inputs import ordinary_sizes
 
 pytest.importorskip("constriction")
@@ -51,11 +49,6 @@ def digits(model):
     return DataSet(model.config.data).split("train").take(slice(0, 500))
 
 
-def loaded(flow) -> LoadedModel:
-    file = Checkpoint(Path("a.safetensors"), {"config": a_config().resolved()}, {})
-    return LoadedModel(flow.eval().requires_grad_(False), a_config(), "raw", file)
-
-
 @pytest.fixture
 def causal():
     return loaded(causal_flow((3, 4, 4), scale=0.01, x=faint(64)))
@@ -71,11 +64,6 @@ def made(model, x: torch.Tensor, names="train", plain=None, **options) -> compre
     return compress.choose(compress.prepare(model, x), names, plain=plain, **options)
 
 
-def opened(path, data: bytes) -> Opened:
-    path.write_bytes(data)
-    return Opened(path)
-
-
 @pytest.mark.parametrize("count", [1, 500])
 def test_archives_of_few_and_many(model, digits, count, tmp_path):
     x = digits[:count]
@@ -88,24 +76,6 @@ def test_archives_of_few_and_many(model, digits, count, tmp_path):
     if count == 500:
         values = result.coded * model.flow.dims
         assert result.net_bits / values == pytest.approx(result.bound_bits / values, abs=0.02)
-
-
-@pytest.mark.parametrize("count, shape", [(1, (3, 32, 32)), (2, (1, 28, 28)), (10, (3, 32, 32))])
-def test_a_small_archive_is_no_larger_than_png(count, shape):
-    x = smooth(count, shape)
-    parts = [bytes(4 * count), *strips.strips(x)]
-    names = [f"{i}.png" for i in range(count)]
-    data = archive.pack({"shape": shape, "levels": 256, "names": names}, parts)
-    assert len(data) < 1.03 * sum(file_sizes(x, 256, "PNG").tolist())
-
-
-def test_images_that_are_not_worth_coding_are_stored(model, digits, tmp_path):
-    x, done = torch.cat([images(4, (1, 8, 8), 17), digits[:100]]), []
-    report = nullcontext(lambda count, total: done.append(count))
-    result = made(model, x, "some", progress=lambda: report)
-    assert result.stored == 4 and result.coded > 80
-    assert done[-1] == 100  # carriers and all
-    assert torch.equal(opened(tmp_path / "a", result.data).images(model), x)
 
 
 def test_stored_images_take_no_more_than_any_tall_picture(model, digits, tmp_path):
@@ -212,7 +182,11 @@ def test_the_likelier_side_is_coded_with_a_bit_for_it(kind, model, digits, causa
     x = torch.cat([x, images(7, x.shape[1:], used.flow.num_bins)])  # noise is stored
     both = dataclasses.replace(used, flow=copy.copy(used.flow))
     both.flow.sides = 2
-    plain, result, prepared = made(used, x), made(both, x), compress.prepare(both, x)
+    done: list[int] = []
+    report = nullcontext(lambda count, total: done.append(count))
+    plain, prepared = made(used, x), compress.prepare(both, x)
+    result = made(both, x, progress=lambda: report)
+    assert done[-1] == len(x) - 7  # carriers and all
     found, other = opened(tmp_path / "a", result.data), opened(tmp_path / "b", plain.data)
     assert torch.equal(found.images(used), x) and torch.equal(other.images(used), x)
     assert 0.2 * len(x) < prepared.sides.sum() < 0.8 * len(x)
@@ -349,26 +323,26 @@ def test_copies_of_the_models_size_come_back(tmp_path):
     assert found.shape == (8, 8) and (found == 13 * 255 // 16).all()
 
 
-def test_an_embedded_model_decodes_in_a_process_with_other_threads(digits, tmp_path):
-    (tmp_path / "a.fta").write_bytes(embedding())
-    quick("decompress", "a.fta", "--out", "a", cwd=tmp_path, OMP_NUM_THREADS="3").ok()
-    for i, image in enumerate(to_8bit(digits[:120], 17)):
-        found = np.asarray(Image.open(tmp_path / "a" / f"train-{i:05}.png"))
-        assert np.array_equal(found, image[0].numpy())
-
-
-def test_the_output_of_a_coded_archive_names_its_model(tmp_path):
+def test_coded_images_come_back_in_a_process_with_other_threads(digits, tmp_path):
+    """By the model in the archive, or by the one that the output names."""
     shutil.copytree(run(), tmp_path / "run")
     flags = ["--split", "train", "--num-images", 900, "--out", "all.fta"]
     said = quick("compress", "run", *flags, cwd=tmp_path).ok().out
     for words in ("bits/dim, net", "the bound", "initial bits", "images/s", "about 0:"):
         assert words in said
     assert "keep a copy of run/checkpoints" in said
+    (tmp_path / "embedded.fta").write_bytes(embedding())
+    for name in ("embedded", "all"):
+        quick("decompress", f"{name}.fta", "--out", name, cwd=tmp_path, OMP_NUM_THREADS="3").ok()
+        for i, image in enumerate(to_8bit(digits[:120], 17)):
+            found = np.asarray(Image.open(tmp_path / name / f"train-{i:05}.png"))
+            assert np.array_equal(found, image[0].numpy())
 
 
 def test_long_names_and_odd_ones_come_back(tmp_path):
-    for name in ("shot 12:30.png", f"{'n' * 251}.png", "a\\b.png"):
-        picture(tmp_path / "in" / name)
+    """The same rules on both sides: what can be packed can be unpacked."""
+    for name in ("shot 12:30", "n" * 251, "a\\b", "c\udcff", " ", "ö/-"):
+        picture(tmp_path / "in" / f"{name}.png")
     out = "o" * 255
     quick("compress", run(), "in", "--out", out, cwd=tmp_path).ok()
     quick("decompress", out, "--out", "out", cwd=tmp_path).ok()

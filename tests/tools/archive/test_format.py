@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from coding_helpers import affine_flow, smooth, stored
-from helpers import a_config, images
+from coding_helpers import affine_flow, loaded, opened, smooth, stored
+from helpers import images
 
-from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.errors import UserError
 from flowtrain.pictures.lossless import encoded
@@ -25,18 +24,10 @@ pytest.importorskip("constriction")
 ROOM = 10**9  # bytes of memory
 
 
-def opened(path, data: bytes, memory: int | None = None) -> Opened:
-    path.write_bytes(data)
-    return Opened(path, memory)
-
-
 @pytest.fixture(scope="module")
 def coded() -> tuple[LoadedModel, bytes]:
     """A model, and an archive of three streams and a stored image."""
-    meta = {"config": a_config().resolved(), "shape": [3, 8, 8], "levels": 32, "step": 1}
-    flow = affine_flow((3, 8, 8), 32).eval().requires_grad_(False)
-    file = Checkpoint(Path("affine.safetensors"), {**meta, "format": 1, "versions": {}}, {})
-    model = LoadedModel(flow, a_config(), "raw", file)
+    model = loaded(affine_flow((3, 8, 8), 32), shape=[3, 8, 8], levels=32, format=1)
     x = torch.cat([torch.full((1, 3, 8, 8), 31).byte(), smooth(70, (3, 8, 8)) // 16 + 8])
     prepared = compress.prepare(model, x)
     return model, compress.choose(prepared, "train", embed=True, stream_size=24).data
@@ -55,12 +46,6 @@ def test_a_flipped_bit_anywhere_is_caught(coded, tmp_path):
 
 
 STREAM = {"images": 1, "carriers": 0, "carrier_bytes": 0, "chunks": [1]}
-NAMES = [
-    "", ".", "..", "../a", "a/../b", "/a", "a//b", "a/", "./a", "a\0b", 5, None, "\ud800",
-    "n" * 256,
-    "ö" * 128,
-    "b.png", "b.png/c.png", f"{'n' * 256}/a",
-]  # fmt: skip
 SHAPES = [[1, 8], [2, 8, 8], [1, 8, 0], [1, 8, 10**9], [1, 4, 8], [3, 8, 8], "x"]
 STRIPS = [b"x", b"\x78", b"\x89PNG", zlib.compress(bytes(127)), zlib.compress(bytes(129))]
 CRAFTED = [
@@ -68,7 +53,7 @@ CRAFTED = [
     *({"shape": shape} for shape in SHAPES),
     *({"levels": levels} for levels in (1, 257, "x", [], 3)),
     *({"names": names} for names in (["a.png"], ["a", "b", "c"], 7, {"a": 1, "b": 2}, "test")),
-    *({"names": [name, "b.png"]} for name in NAMES),
+    *({"names": [name, "b.png"]} for name in ("../a", "\ud800", "b.png/c.png", 5, None)),
     *({"names": "test", "count": count} for count in (1, 3, 10**12, -1, "x")),
     {"streams": [STREAM]},
     {"streams": 5},
@@ -83,12 +68,6 @@ def test_a_crafted_archive_is_one_error(changes, tmp_path):
     readable = "cannot be read" if "strip" in changes or "shape" in changes else "not a valid"
     with pytest.raises(UserError, match=f"not a valid archive|{readable}"):
         opened(tmp_path / "a", stored(**changes)).images(None)
-
-
-def test_any_other_name_is_taken(tmp_path):
-    """The same rules on both sides: what can be packed can be unpacked."""
-    for name in ("shot 12:30.png", "a\\b.png", "c\udcff.png", "n" * 251 + ".png", " .png", "ö/-"):
-        assert opened(tmp_path / "a", stored(names=[name, "b.png"])).names == [name, "b.png"]
 
 
 def deflated(text: bytes) -> bytes:

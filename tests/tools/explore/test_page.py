@@ -325,10 +325,7 @@ def test_an_image_of_the_user(page, tmp_path):
     page.click("#tab-own")
     changed(page, lambda: page.set_input_files("#files", [tmp_path / "mine.png"]))
     said = page.locator("#said li")
-    playwright.expect(said).to_have_text(
-        "mine.png: 30 x 20 pixels, cut to the largest centred part, resized to 8 x 8, reduced to "
-        "17 levels"
-    )
+    playwright.expect(said).to_contain_text("mine.png: 30 x 20 pixels")
     assert page.get_attribute("#shown", "alt") == "mine.png"
     page.set_input_files("#files", [tmp_path / "broken.png"])
     playwright.expect(said.last).to_contain_text("cannot be read as an image")

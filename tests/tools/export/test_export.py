@@ -1,27 +1,23 @@
-"""Exported graphs: each family of models, wrong files that are refused, the command, and the page
-of docs/howto/export.md in a browser.
-"""
+"""Exported graphs: each family of models, wrong files, the command, and the page in a browser."""
 
 import functools
 import json
 import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from catalogue import TINY
 from cli_helpers import quick, trained, tree
+from coding_helpers import loaded
 from helpers import REPOSITORY, a_config, perturb, seeded
 from PIL import Image
 from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
 
 from flowtrain import Foreign
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.errors import RunError, UserError
 from flowtrain.flow.flow import initialize
 from flowtrain.foreign.model import ForeignModel
@@ -38,6 +34,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 ALL, NO_DECODE, SCORE = {"log_prob", "encode", "decode"}, {"log_prob", "encode"}, {"log_prob"}
 GLOW = {"levels": 1, "steps": 1, "width": 4}
 PIXELS = {"attention": 1, "pixels": True}
+VARIATIONAL = {"name": "variational", "steps": 1, "width": 4}
 # Options of a tiny model, other dequantization, and the graphs.
 FAMILIES = {
     "nice": ({"couplings": 2}, {}, ALL),
@@ -46,11 +43,7 @@ FAMILIES = {
     "glow additive": ({**GLOW, "coupling": "additive", "permutation": "shuffle"}, {}, ALL),
     "glow spline": ({**GLOW, "coupling": "spline", "bins": 4, "prior": "spline"}, {}, ALL),
     "glow mixture": ({**GLOW, "coupling": "mixture"}, {}, ALL),
-    "glow variational": (
-        {**GLOW, "conditioner": "gated"},
-        {"name": "variational", "steps": 1, "width": 4},
-        ALL,
-    ),
+    "glow variational": ({**GLOW, "conditioner": "gated"}, VARIATIONAL, ALL),
     "maf": ({"transform": "spline"}, {}, NO_DECODE),
     "causal": (PIXELS, {}, SCORE),
     "causal classes": ({**PIXELS, "classes": 2, "token": 1, "downsample": 1}, {}, SCORE),
@@ -59,7 +52,7 @@ FAMILIES = {
 }
 # torch translates 50 operations in a second. These have a loop, a matrix that is inverted before,
 # and a function with a gradient of its own.
-FAST = {"nice", "glow mixture", "causal"}
+FAST = ["nice", "glow mixture", "causal"]
 
 
 def a_model(family, points=False):
@@ -71,9 +64,7 @@ def a_model(family, points=False):
     flow = perturb(build_flow(config, shape, levels), 0.1)
     x = flow.kind.random((64, *shape), seeded())
     initialize(flow, x, torch.rand(x.shape, generator=seeded()))
-    meta = {"config": config.resolved(), "step": 0, "versions": {}}
-    checkpoint = Checkpoint(Path("tiny.safetensors"), meta, {})
-    return LoadedModel(flow.eval().requires_grad_(False), config, "raw", checkpoint)
+    return loaded(flow, config, "tiny.safetensors")
 
 
 @functools.cache
@@ -83,10 +74,10 @@ def exported(family):
     return model, exporting.export(model, "onnx", opset=20, note=said.append), said
 
 
-@pytest.mark.parametrize(
-    "family",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in FAST]
+
+
+@pytest.mark.parametrize("family", [*FAST, *SLOW])
 def test_a_family_in_onnxruntime(family):
     """`export` compares likelihoods and latents with torch. Other images agree, too."""
     (model, files, said), names = exported(family), FAMILIES[family][2]
@@ -120,20 +111,18 @@ def test_facts_in_the_file():
     assert beside["shape"] == [3, 4, 4] and beside["levels"] == 256
 
 
-def test_a_damaged_model_is_refused():
-    model = a_model("maf", points=True)
-    next(p for p in model.flow.parameters() if p.ndim == 2).view(-1)[0] = torch.nan
-    with pytest.raises(RunError, match="log_prob of test images: the largest difference is nan"):
-        exporting.export(model, "torch", torch.randn(8, 2, 1, 1, generator=seeded()))
-
-
 def test_points_and_the_format_of_torch():
+    """A damaged model is refused."""
     model = a_model("nice", points=True)
     files = exporting.export(model, "torch")
     assert files.keys() == {"model.json", "log_prob.pt2", "encode.pt2", "decode.pt2"}
     x = torch.randn(5, 2, 1, 1, generator=seeded())
     (log_prob,) = formats.runner(files["log_prob.pt2"], "torch")({"x": x.numpy()})
     np.testing.assert_allclose(log_prob, model.flow.log_prob(x), rtol=1e-5)
+    damaged = a_model("maf", points=True)
+    next(p for p in damaged.flow.parameters() if p.ndim == 2).view(-1)[0] = torch.nan
+    with pytest.raises(RunError, match="log_prob of test images: the largest difference is nan"):
+        exporting.export(damaged, "torch", x)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +181,8 @@ def test_a_likelihood_that_is_no_graph(name, monkeypatch):
 def test_a_flow_of_other_code():
     base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
     flow = ForeignModel(Foreign(TransformedDistribution(base, [AffineTransform(0.5, 2.0)]), (2,)))
-    model = LoadedModel(flow, a_config("nice"), "raw", Checkpoint(Path("own.py:flow"), {}, {}))
     with pytest.raises(UserError, match="own.py:flow: a flow of other code"):
-        exporting.export(model, "torch")
+        exporting.export(loaded(flow, path="own.py:flow"), "torch")
 
 
 @pytest.mark.parametrize("to", ["onnx", "torch"])
@@ -281,11 +269,8 @@ def test_the_page_in_a_browser(tmp_path):
         assert abs(float(bits) - expected) < 6e-5  # four decimals
         mode = model.flow.decode(torch.zeros(1, 48))[0].permute(1, 2, 0)
         page.evaluate("scale.value = 0; scale.dispatchEvent(new Event('input'))")
-        page.wait_for_function(
-            """mode => `${decoded.getContext("2d").getImageData(0, 0, 4, 4).data}` == mode""",
-            arg=",".join(
-                map(str, torch.cat([mode, torch.full((4, 4, 1), 255)], 2).flatten().tolist())
-            ),
-        )
+        opaque = torch.cat([mode, torch.full((4, 4, 1), 255)], dim=2).flatten().tolist()
+        shown = """mode => `${decoded.getContext("2d").getImageData(0, 0, 4, 4).data}` == mode"""
+        page.wait_for_function(shown, arg=",".join(map(str, opaque)))
         browser.close()
         server.shutdown()

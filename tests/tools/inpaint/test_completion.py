@@ -55,7 +55,6 @@ def test_the_written_files(tmp_path):
     found = Posterior(x, 0.8, 3.0, 10)
     completion.write_folder(tmp_path, model, given, found, {"a": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(completion.names(3))
-    assert json.loads((tmp_path / "inpaint.json").read_text()) == {"a": 1}
     for name, image in (("sample-01", x[1]), ("mean", x.float().mean(0).round())):
         picture = np.array(Image.open(tmp_path / f"{name}.png"))
         assert np.array_equal(picture, image[0].numpy().astype(int) * 255 // 16)
@@ -91,8 +90,8 @@ def test_the_command():
     assert "32 of 64 pixels are missing" in done.out and "accepted" in done.out
     assert re.search(r"\nabout \d+:\d\d for 2 chains of 8 moves; .*\n.* 2 samples", done.out)
     result = json.loads((folder / "a" / "inpaint.json").read_text())
-    assert len(result["bits_per_dim"]) == 2 and 0 <= result["accepted"] <= 1
-    assert np.isfinite(result["bits_per_dim"]).all()
+    assert np.isfinite(result["bits_per_dim"]).tolist() == [True, True]
+    assert 0 <= result["accepted"] <= 1
     kept = [np.array(Image.open(folder / "a" / f"sample-0{i}.png")) for i in (0, 1)]
     expected = completion.open_image(folder / "x.png", (1, 8, 8), 17)[0, :4].astype(int)
     assert all(np.array_equal(each[:4], expected * 255 // 16) for each in kept)

@@ -57,23 +57,32 @@ def assert_moments(found, mean, covariance):
     assert difference.abs().max() < 5 / len(found) ** 0.5
 
 
-# From random images, so narrow a density would not be found in so few moves.
-@pytest.mark.parametrize("sd", [0.06, 0.006])
-def test_missing_entries_of_a_gaussian(sd):
-    flow, mean, covariance = gaussian((1, 2, 3), 256, sd)
-    x = (256 * (mean + sd * torch.tensor([-1, 0.5, 0, 1, -1, 0])).view(1, 2, 3)).byte()
-    known = torch.tensor([[[1, 0, 1], [0, 1, 0]]], dtype=torch.bool)
-    found = sample(flow, Pixels(x, known, 256), 600, 24, seed=0)
-    assert agrees(Pixels(x, known, 256), found.x).all()
+# From random images, so narrow a density as the second would not be found in so few moves.
+@pytest.mark.parametrize("of, sd", [("pixels", 0.06), ("pixels", 0.006), ("averages", 0.06)])
+def test_an_image_of_a_gaussian(of, sd):
+    """Given known pixels, or averages: the mean and covariance given a linear map of the image."""
+    shape = (1, 2, 3) if of == "pixels" else (1, 2, 4)
+    flow, mean, covariance = gaussian(shape, 256, sd)
+    if of == "pixels":
+        x = (256 * (mean + sd * torch.tensor([-1, 0.5, 0, 1, -1, 0])).view(shape)).byte()
+        known = torch.tensor([[[1, 0, 1], [0, 1, 0]]], dtype=torch.bool)
+        constraint, linear = Pixels(x, known, 256), torch.eye(6)[known.flatten()]
+        given, free = x[known], ~known.flatten()
+    else:
+        given, free = torch.tensor([120, 135]), torch.ones(8, dtype=torch.bool)
+        context = ImageContext("downsample", 2, shape, 256)
+        constraint = Averages(given.view(1, 1, 2), context)
+        linear = torch.tensor([[1, 1, 0, 0] * 2, [0, 0, 1, 1] * 2]) / 4.0
+    found = sample(flow, constraint, 600, 24, seed=0)
+    assert agrees(constraint, found.x).all()
     assert 0.5 < found.accepted < 0.99 and found.effective > 2
-    a, b = known.flatten(), ~known.flatten()
-    gain = covariance[b][:, a] @ torch.linalg.inv(covariance[a][:, a])
-    expected = mean[b] + gain @ ((x.flatten()[a] + 0.5) / 256 - mean[a])
-    rest = covariance[b][:, b] - gain @ covariance[a][:, b]
-    y = (found.x.flatten(1)[:, b] + 0.5) / 256
-    # The noise in the cells of known entries, and the rounding of the others.
-    cells = (gain @ gain.T + torch.eye(3)) / 12 / 256**2
-    assert_moments(y, expected, rest + cells)
+    gain = covariance @ linear.T @ torch.linalg.inv(linear @ covariance @ linear.T)
+    expected = mean + gain @ ((given + 0.5) / 256 - linear @ mean)
+    # The noise in the cells of known pixels, and the rounding of the others.
+    cells = torch.eye(len(mean)) + (gain @ gain.T if of == "pixels" else 0)
+    rest = covariance - gain @ linear @ covariance + cells / 12 / 256**2
+    y = (found.x.flatten(1) + 0.5) / 256
+    assert_moments(y[:, free], expected[free], rest[free][:, free])
 
 
 def test_the_effective_size_is_of_missing_entries():
@@ -82,21 +91,6 @@ def test_the_effective_size_is_of_missing_entries():
     known[0, 5, 7] = False  # one of so many that not all are followed
     found = sample(flow, Pixels(images(1, (1, 12, 20))[0], known, 256), 4, 16, seed=0)
     assert found.effective > 1
-
-
-@pytest.mark.run  # takes long
-def test_an_image_of_a_gaussian_with_known_averages():
-    flow, mean, covariance = gaussian((1, 2, 4), 256, sd=0.06)
-    small = torch.tensor([[[120, 135]]])
-    constraint = Averages(small, ImageContext("downsample", 2, (1, 2, 4), 256))
-    found = sample(flow, constraint, 600, 24, seed=0)
-    assert agrees(constraint, found.x).all()
-    average = torch.tensor([[1, 1, 0, 0] * 2, [0, 0, 1, 1] * 2]) / 4.0
-    gain = covariance @ average.T @ torch.linalg.inv(average @ covariance @ average.T)
-    expected = mean + gain @ ((small.flatten() + 0.5) / 256 - average @ mean)
-    rest = covariance - gain @ average @ covariance
-    y = (found.x.flatten(1) + 0.5) / 256
-    assert_moments(y, expected, rest + torch.eye(8) / 12 / 256**2)
 
 
 def test_the_posterior_is_of_cells_not_of_their_middles():
@@ -137,9 +131,7 @@ def causal(scale=0.3):
 
 
 def distance(x, weights):
-    """Total variation between samples `(N, 1, 2, 2)` and the weights of `EVERYTHING`, relative to
-    its average for as many independent samples.
-    """
+    """Total variation from the weights of `EVERYTHING`, in units of that of independent samples."""
     probability = weights / weights.sum()
     places = LEVELS ** torch.arange(3, -1, -1)
     found = torch.bincount((x.flatten(1) * places).sum(1), minlength=LEVELS**4) / len(x)

@@ -1,14 +1,14 @@
 """`flowtrain verify-record`: a sound run has a row, and a changed one is refused."""
 
+import contextlib
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from catalogue import TINY_RUN, sets
-from cli_helpers import quick
+from cli_helpers import copy_of, metrics, quick, summary
 from helpers import SHARED, npz
 from torch.utils.tensorboard import SummaryWriter
 
@@ -47,7 +47,7 @@ def run(original, tmp_path, monkeypatch):
     """A copy, to be changed, with its own data beside it."""
     path, benchmark = original
     monkeypatch.setattr(verifying, "BENCHMARKS", (benchmark,))
-    return shutil.copytree(path, tmp_path / "run")
+    return copy_of(path, tmp_path / "run")
 
 
 def verified(run, mirror=False, **data):
@@ -80,28 +80,31 @@ def test_a_sound_run(run):
         verify(model, dataset(model.checkpoint.meta["config"]["data"]))
 
 
-def rows_changed(run, **changes):
-    file = run / "metrics.jsonl"
-    *rows, last = map(json.loads, file.read_text().splitlines())
-    rows.append({**last, **changes})
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+@contextlib.contextmanager
+def changing(run):
+    """The rows of the metrics, which are written with their changes."""
+    rows = metrics(run)
+    yield rows
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def in_the_last_row(run, **changes):
+    with changing(run) as rows:
+        rows[-1] |= changes
 
 
 def earlier(run):
     """Another figure of the first validation, which is not the best."""
-    file = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    next(row for row in rows if row["split"] == "validation")["loss"] += 1e-4
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with changing(run) as rows:
+        next(row for row in rows if row["split"] == "validation")["loss"] += 1e-4
 
 
 def better(run):
     """A figure that no checkpoint has, the same in all files."""
-    best = json.loads((run / "summary.json").read_text())["best_validation_loss"] - 0.01
-    values = {"loss": best, "bits_per_dim": best}
-    rows_changed(run, **values)
-    edit(run / "summary.json", **{f"best_validation_{key}": value for key, value in values.items()})
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = summary(run)["best_validation_loss"] - 0.01
+    in_the_last_row(run, loss=best, bits_per_dim=best)
+    edit(run / "summary.json", best_validation_loss=best, best_validation_bits_per_dim=best)
+    rows = metrics(run)
     step = rows[-1]["step"]
     with SummaryWriter(str(run), purge_step=step) as writer:
         for row in rows:
@@ -111,12 +114,10 @@ def better(run):
 
 def faster(run):
     """All times are half of the true ones, but in the checkpoints."""
-    file = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    rows = [{**row, "seconds": row["seconds"] / 2} for row in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = json.loads((run / "summary.json").read_text())
-    edit(run / "summary.json", seconds=summary["seconds"] / 2)
+    with changing(run) as rows:
+        for row in rows:
+            row["seconds"] /= 2
+    edit(run / "summary.json", seconds=summary(run)["seconds"] / 2)
 
 
 CHANGES = {
@@ -124,8 +125,8 @@ CHANGES = {
     "its files disagree on the best validation figure": lambda run: edit(
         run / "summary.json", best_validation_loss=1.0
     ),
-    "its files disagree on the times": lambda run: rows_changed(run, seconds=0.0),
-    "its files disagree on the last step": lambda run: rows_changed(run, step=100),
+    "its files disagree on the times": lambda run: in_the_last_row(run, seconds=0.0),
+    "its files disagree on the last step": lambda run: in_the_last_row(run, step=100),
     "its files disagree on the losses in the log of TensorBoard": earlier,
     "not a finished run": lambda run: edit(run / "summary.json", finished=False),
     "its best validation figure is .*, but its best checkpoint has": better,

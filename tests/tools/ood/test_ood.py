@@ -8,14 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from cli_helpers import copy_of, quick, trained, tree
+from cli_helpers import quick, trained
+from coding_helpers import loaded
 from helpers import a_config, images, npz, tiny_flow
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from flowtrain.bijections import Bijection
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
@@ -33,9 +32,8 @@ def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
     """A tiny model of random images; `own` are its data."""
     size = (*shape[1:], shape[0])
     section = npz(tmp_path / "own.npz", train=40, test=30, shape=size, validation=10, **data)
-    checkpoint = Checkpoint(tmp_path / "model", {"step": 3}, {})
     config = a_config("glow", data=section)
-    return LoadedModel(tiny_flow("glow", shape, levels), config, "raw", checkpoint)
+    return loaded(tiny_flow("glow", shape, levels), config, tmp_path / "model")
 
 
 def compared(model, *names, **options):
@@ -54,14 +52,8 @@ def test_auroc_is_that_of_scikit_learn(ties):
     assert area == pytest.approx(roc_auc_score([0] * 40 + [1] * 25, [*inside, *outside]))
     # DeLong et al. 1988, equations 3 to 5, as they stand.
     wins = (outside[:, None] > inside) + 0.5 * (outside[:, None] == inside)
-    assert area == pytest.approx(wins.mean())
     expected = wins.mean(axis=1).var(ddof=1) / 25 + wins.mean(axis=0).var(ddof=1) / 40
     assert error == pytest.approx(math.sqrt(expected))
-
-
-def test_the_larger_score_is_further_out():
-    assert auroc(np.array([0.0, 1.0]), np.array([2.0, 3.0])) == (1.0, 0.0)
-    assert auroc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == (0.0, 0.0)
     assert auroc(np.array([1.0, 2.0]), np.array([1.5])) == (0.5, None)
 
 
@@ -79,21 +71,16 @@ def test_made_images():
         assert not np.array_equal(x[0], x[1])
     x = collecting.made("constant", like, 256, 0).images
     assert (x == x[:, :, :1, :1]).all() and x[0].max() > x[0].min()  # of three channels
-
-
-def test_noise_takes_all_levels_equally_often():
+    # Noise takes all levels equally often, and its pixels are independent.
     counts = np.bincount(collecting.noise(200, (3, 8, 8), 17, 0).ravel(), minlength=17)
     assert counts.shape == (17,) and abs(counts / counts.mean() - 1).max() < 0.1
     x = collecting.noise(500, (1, 2, 2), 256, 0).reshape(500, 4).astype(float)
     assert abs(np.corrcoef(x.T) - np.eye(4)).max() < 0.15
-
-
-def test_shuffled_images_have_the_same_pixels():
-    x = images(4, (3, 6, 5)).numpy()
-    for a, b in zip(x, collecting.shuffled(x, 0), strict=True):
+    # Shuffled images have the same pixels, each in an order of its own.
+    for a, b in zip(like.images, collecting.shuffled(like.images, 0), strict=True):
         colours = [sorted(map(tuple, y.reshape(3, -1).T.tolist())) for y in (a, b)]
         assert colours[0] == colours[1] and not np.array_equal(a, b)
-    first, second = collecting.shuffled(np.stack([x[0], x[0]]), 0)
+    first, second = collecting.shuffled(np.stack([like.images[0]] * 2), 0)
     assert not np.array_equal(first, second)
 
 
@@ -120,9 +107,7 @@ def test_images_are_converted():
     [
         (256, 32, {0: 0, 7: 0, 8: 1, 255: 31}),
         (256, 17, {0: 0, 7: 0, 8: 1, 128: 8, 255: 16}),
-        (17, 256, {0: 0, 8: 127, 16: 255}),
         (17, 32, {0: 0, 8: 15, 16: 31}),
-        (32, 17, {0: 0, 31: 16}),
         (2, 256, {0: 0, 1: 255}),
     ],
 )
@@ -165,7 +150,6 @@ def test_wrong_names(tmp_path):
     for inside, outside, message in (
         (None, ["mnits"], "--data mnits: neither a data set .*noise"),
         (None, ["two_moons"], "--data two_moons: real"),
-        ("noise", ["constant"], "--in noise: neither a data set"),
         ("digits", ["noise", "digits"], "--data digits: it is named twice"),
         (None, ["noise", "noise"], "--data noise: it is named twice"),
         (None, ["npz"], "--data npz: it is named twice"),
@@ -186,7 +170,6 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     entropy = bits["validation"].mean()
     inside, test = comparison.inside, bits["test"]
     assert comparison.reference.entropy == pytest.approx(entropy)
-    assert abs(entropy - test.mean()) > 1e-3
     length = complexity(data.split("test").take(slice(None)).numpy())
     names = scoring.SCORES[:3]  # without heat maps, there is no local one
     expected = dict(zip(names, (test, abs(test - entropy), test - length), strict=True))
@@ -206,7 +189,7 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     expected |= {"entropy_split": "validation", "entropy_images": 10, "coders": ["PNG", "WEBP"]}
     expected |= {"dims": 16, "levels": 256, "weights": "raw", "step": 3, "seed": 5}
     expected |= {"checkpoint": str(tmp_path / "model")}
-    assert {key: outcome[key] for key in expected} == expected
+    assert expected.items() <= outcome.items()
     described = outcome["in"]
     stderr = test.std(ddof=1) / math.sqrt(30)
     figures = {"loss": test.mean(), "loss_stderr": stderr, "loss_median": np.median(test)}
@@ -232,22 +215,10 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
         assert others[2] == pytest.approx(loss - others[1])
         held_out = comparison.reference.scores["complexity_corrected"]
         assert others[3] == pytest.approx((1 + (held_out >= others[2]).sum()) / 11)
-    assert float(rows[0]["log_prob"]) == inside.log_prob[0]
     assert float(rows[0]["complexity"]) == length[0]
     with Image.open(io.BytesIO(draw(comparison))) as picture:
         assert picture.format == "PNG" and picture.width > 1000
         assert len(picture.convert("RGB").getcolors(10**6)) > 10
-
-
-@pytest.mark.run  # takes long
-def test_scores_have_the_names_of_image_files(tmp_path):
-    (tmp_path / "p").mkdir()
-    for i in range(10, 50):
-        Image.new("L", (5, 4)).save(tmp_path / "p" / f"{i}.png")
-    scores = results.scores_csv(compared(a_model(tmp_path), str(tmp_path / "p"))).decode()
-    rows = [*csv.DictReader(io.StringIO(scores))]
-    files = [f"{10 + int(row['index'])}.png" for row in rows[30:]]
-    assert [row["file"] for row in rows] == 30 * [""] + files and len(files) == 30
 
 
 def test_a_density_has_no_bits():
@@ -306,26 +277,22 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
 
 @pytest.mark.run
 def test_the_command(tmp_path):
-    run = copy_of(trained()["glow"], tmp_path / "run")
-    before = tree(tmp_path)
-    found = quick("ood", "run", "--data", "noise", "--num-images", 40, cwd=tmp_path).ok()
-    assert set(tree(tmp_path)) - set(before) == {"run/ood.json", "run/ood.png"}
-    first = json.loads((run / "ood.json").read_text())
-    loss = f"{first['in']['loss']:.3f} +- {first['in']['loss_stderr']:.3f}"
-    assert loss in found.out and "AUROC" in found.out
+    """The files have the names of the options. Of another seed, the images are others."""
     words = ["--data", "noise", "--data", "constant", "--num-images", 40, "--weights", "raw"]
-    words += ["--seed", 1, "--batch-size", 3, "--scores", "a/s.csv", "--out", "b/o.png"]
-    found = quick("ood", "run", *words, "--json", "c/o.json", cwd=tmp_path).ok()
-    for file in ("a/s.csv", "b/o.png", "c/o.json"):
-        assert f"wrote {file}" in found.out
-    outcome = json.loads((tmp_path / "c/o.json").read_text())
-    assert (outcome["in"]["dataset"], outcome["in"]["num_images"]) == ("digits", 40)
-    about = ("entropy_split", "entropy_images", "weights", "seed")
-    assert [outcome[key] for key in about] == ["validation", 40, "raw", 1]
-    assert [row["dataset"] for row in outcome["out"]] == ["noise", "constant"]
-    # Of another seed, the images are others.
-    for one, other in ((first["in"], outcome["in"]), (first["out"][0], outcome["out"][0])):
-        assert one["complexity"] != other["complexity"]
+    words += ["--batch-size", 3, "--scores", "a/s.csv", "--out", "b/o.png", "--json"]
+    outcomes = []
+    for seed in (0, 1):
+        said = quick("ood", trained()["glow"], *words, f"{seed}.json", "--seed", seed, cwd=tmp_path)
+        outcome = json.loads((tmp_path / f"{seed}.json").read_text())
+        loss = f"{outcome['in']['loss']:.3f} +- {outcome['in']['loss_stderr']:.3f}"
+        for each in (loss, "AUROC", "wrote a/s.csv", "wrote b/o.png", f"wrote {seed}.json"):
+            assert each in said.ok().out
+        assert (outcome["in"]["dataset"], outcome["in"]["num_images"]) == ("digits", 40)
+        about = ("entropy_split", "entropy_images", "weights", "seed")
+        assert [outcome[key] for key in about] == ["validation", 40, "raw", seed]
+        assert [row["dataset"] for row in outcome["out"]] == ["noise", "constant"]
+        outcomes.append([outcome["in"]["complexity"], outcome["out"][0]["complexity"]])
+    assert all(one != other for one, other in zip(*outcomes, strict=True))
     assert len((tmp_path / "a/s.csv").read_text().splitlines()) == 121
     assert Image.open(tmp_path / "b/o.png").format == "PNG"
 

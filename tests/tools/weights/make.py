@@ -34,24 +34,6 @@ def images(count: int, shape: tuple[int, int, int], levels: int) -> Tensor:
 
 
 @torch.no_grad()
-def randomized(model: nn.Module) -> nn.Module:
-    """Moves every parameter."""
-    for parameter in model.parameters():
-        parameter += 0.05 * torch.randn_like(parameter)
-    return model
-
-
-def trained(model: nn.Module, loss: Callable[[], Tensor], steps: int = 100) -> nn.Module:
-    """Trains a model briefly. The weights are moved first, since zeros would stay near zero."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    return model
-
-
-@torch.no_grad()
 def stored(model: nn.Module) -> tuple[np.ndarray, str]:
     """The weights in one array of float16, to which they are rounded here and in the model, and
     their names, shapes and types as JSON. The latter also has the value of a single number.
@@ -72,20 +54,47 @@ def stored(model: nn.Module) -> tuple[np.ndarray, str]:
     return torch.cat([each.flatten() for each in many.values()]).numpy(), json.dumps(index)
 
 
-def entries(model: nn.Module, x: Tensor, log_prob: Callable, inverse: Callable) -> Iterator:
-    """The arrays of a model. `log_prob` maps images and noise to nats, `(B,)`, and `inverse` maps
-    latents `(B, D)` in flowtrain's order to images in flowtrain's units.
+def entries(
+    name: str,
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    log_prob: Callable,
+    inverse: Callable,
+    levels: int = 256,
+    steps: int | None = None,
+) -> Iterator:
+    """The arrays of a model, after a first batch, which sets ActNorm, with every parameter moved,
+    and trained briefly unless it is "random". It is moved before, since zeros would stay near zero.
+
+    `log_prob` maps images and noise to nats, `(B,)`, and `inverse` maps latents `(B, D)` in
+    flowtrain's order to images in flowtrain's units.
     """
+    dims = math.prod(shape)
+
+    def loss() -> Tensor:
+        x = images(16, shape, levels)
+        return -log_prob(x, torch.rand(x.shape)).mean() / dims
+
+    x = images(4, shape, levels)
+    loss()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range((0 if name == "random" else 100) if steps is None else steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    model.eval()
     weights, index = stored(model)
     u = torch.randint(8, 248, x.shape, dtype=torch.uint8)
-    z = torch.randn(2, x[0].numel()).mul(0.5).half()
+    z = torch.randn(2, dims).mul(0.5).half()
     with torch.no_grad():
         found, samples = log_prob(x, u.double() / 256), inverse(z.double())
-    print(
-        f"{-found / x[0].numel() / math.log(2)} bits/dim, samples up to {samples.abs().max():.3g}"
-    )
+    print(f"{-found / dims / math.log(2)} bits/dim, samples up to {samples.abs().max():.3g}")
     arrays = {"weights": weights, "index": index, "x": x, "u": u, "z": z}
-    yield from (arrays | {"log_prob": found, "samples": samples}).items()
+    arrays |= {"log_prob": found, "samples": samples}
+    yield from ((f"{name}/{key}", array) for key, array in arrays.items())
 
 
 def split(z: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
@@ -97,34 +106,24 @@ def rosinality(code: Path) -> Iterator:
     """Each channel, level and coupling; `filter_size` is 512 there."""
     theirs = importlib.import_module("model")
     theirs.AffineCoupling = partial(theirs.AffineCoupling, filter_size=6)
-    cases = {
-        "random": ((1, 8, 8), 32, {"affine": True, "conv_lu": True}),
-        "trained": ((3, 8, 8), 256, {"affine": True, "conv_lu": False}),
-        "additive": ((1, 8, 8), 256, {"affine": False, "conv_lu": True}),
-    }
-    for name, (shape, levels, options) in cases.items():
-        model = theirs.Glow(shape[0], 2, 2, **options)
-        x = images(4, shape, levels)
-        dims = math.prod(shape)
 
-        def log_prob(x, u, model=model, levels=levels, dims=dims):
+    def made(name, shape, levels, affine, conv_lu):
+        model = theirs.Glow(shape[0], 2, 2, affine=affine, conv_lu=conv_lu)
+        c, h, w = shape
+
+        def log_prob(x, u):
             # As in train.py: image / n_bins - 0.5, with noise of 1 / n_bins, and calc_loss.
             log_p, log_det, _ = model(x / levels - 0.5 + u / levels)
-            return log_p + log_det - dims * math.log(levels)
+            return log_p + log_det - math.prod(shape) * math.log(levels)
 
-        def loss(log_prob=log_prob, shape=shape, levels=levels):
-            x = images(16, shape, levels)
-            return -log_prob(x, torch.rand(x.shape)).mean() / math.prod(shape)
-
-        def inverse(z, model=model, shape=shape):
-            c, h, w = shape
+        def inverse(z):
             return model.reverse(split(z, [(2 * c, h // 2, w // 2), (8 * c, h // 4, w // 4)]))
 
-        loss()  # ActNorm is set by the first batch
-        randomized(model)
-        if name != "random":
-            trained(model, loss)
-        yield from ((f"{name}/{key}", array) for key, array in entries(model, x, log_prob, inverse))
+        return entries(name, model, shape, log_prob, inverse, levels)
+
+    yield from made("random", (1, 8, 8), 32, True, True)
+    yield from made("trained", (3, 8, 8), 256, True, False)
+    yield from made("additive", (1, 8, 8), 256, False, True)
 
 
 def y0ast(code: Path) -> Iterator:
@@ -139,43 +138,33 @@ def y0ast(code: Path) -> Iterator:
 
     theirs.uniform_binning_correction = dequantized
     modules.gaussian_sample = lambda mean, logs, temperature: mean + logs.exp() * given.pop()
-    cases = {
-        "random": ((8, 8, 1), "affine", True, True, 0),
-        "trained": ((8, 8, 3), "affine", False, True, 0),
-        "additive": ((8, 8, 1), "additive", True, False, 0),
-        "classes": ((8, 8, 1), "affine", True, True, 3),
-    }
-    for name, (size, coupling, lu, top, classes) in cases.items():
-        args = (size, 6, 2, 2, 1.0, "invconv", coupling, lu, classes, top, classes > 0)
+
+    def made(name, c, coupling, lu, top, classes=0):
+        args = ((8, 8, c), 6, 2, 2, 1.0, "invconv", coupling, lu, classes, top, classes > 0)
         model = theirs.Glow(*args)
-        h, w, c = size
-        x = images(4, (c, h, w), 256)
 
-        def one_hot(count, dtype, classes=classes):
-            return (
-                torch.eye(classes, dtype=dtype)[torch.arange(count) % classes] if classes else None
-            )
+        def one_hot(count, dtype):
+            labels = torch.arange(count) % max(classes, 1)
+            return torch.eye(classes, dtype=dtype)[labels] if classes else None
 
-        def log_prob(x, u, model=model, dims=h * w * c, one_hot=one_hot):
+        def log_prob(x, u):
             given[:] = [u]
             # As `preprocess` in datasets.py.
-            return -model(x / 256 - 0.5, one_hot(len(x), u.dtype))[1] * math.log(2) * dims
+            bits = model(x / 256 - 0.5, one_hot(len(x), u.dtype))[1]
+            return -bits * math.log(2) * x[0].numel()
 
-        def loss(log_prob=log_prob, shape=(c, h, w)):
-            x = images(16, shape, 256)
-            return -log_prob(x, torch.rand(x.shape)).mean() / math.prod(shape)
-
-        def inverse(z, model=model, c=c, one_hot=one_hot):
+        def inverse(z):
             fine, coarse = split(z, [(2 * c, 4, 4), (8 * c, 2, 2)])
             mean, logs = model.prior(coarse, one_hot(len(z), z.dtype))
             given[:] = [fine]
             return model(z=mean + logs.exp() * coarse, reverse=True)
 
-        loss()
-        randomized(model)
-        if name != "random":
-            trained(model, loss)
-        yield from ((f"{name}/{key}", array) for key, array in entries(model, x, log_prob, inverse))
+        return entries(name, model, (c, 8, 8), log_prob, inverse)
+
+    yield from made("random", 1, "affine", True, True)
+    yield from made("trained", 3, "affine", False, True)
+    yield from made("additive", 1, "additive", True, False)
+    yield from made("classes", 1, "affine", True, True, 3)
 
 
 def normflows(code: Path) -> Iterator:
@@ -183,15 +172,9 @@ def normflows(code: Path) -> Iterator:
     nf = importlib.import_module("normflows")
     glow, gaussian = nf.distributions.GlowBase, nf.distributions.DiagGaussian
     of_class = partial(nf.distributions.ClassCondDiagGaussian, num_classes=3)
-    cases = {
-        "random": ((1, 8, 8), glow, glow, {"use_lu": True, "net_actnorm": True}),
-        "trained": ((3, 8, 8), gaussian, glow, {"use_lu": False}),
-        "additive": ((1, 8, 8), glow, partial(gaussian, trainable=False), {"scale": False}),
-        "classes": ((1, 8, 8), of_class, of_class, {}),
-    }
-    for name, (shape, top, base, options) in cases.items():
-        c, h, w = shape
-        shapes = [(8 * c, h // 4, w // 4), (2 * c, h // 2, w // 2)]  # coarsest first
+
+    def made(name, c, top, base, **options):
+        shapes = [(8 * c, 2, 2), (2 * c, 4, 4)]  # coarsest first
         flows = [
             [*(nf.flows.GlowBlock(channels, 6, **options) for _ in range(2)), nf.flows.Squeeze()]
             for channels in (8 * c, 4 * c)
@@ -200,19 +183,13 @@ def normflows(code: Path) -> Iterator:
         logit = nf.transforms.Logit(0.05) if name == "additive" else None
         by_class = name == "classes"
         model = nf.MultiscaleFlow(bases, flows, [nf.flows.Merge()], logit, class_cond=by_class)
-        x = images(4, shape, 256)
 
-        def log_prob(x, u, model=model):
+        def log_prob(x, u):
             # As in the example: images in [0, 1], and 8 bits for each entry.
-            return model.log_prob((x + u) / 256, torch.arange(len(x)) % 3) - x[
-                0
-            ].numel() * math.log(256)
+            found = model.log_prob((x + u) / 256, torch.arange(len(x)) % 3)
+            return found - x[0].numel() * math.log(256)
 
-        def loss(log_prob=log_prob, shape=shape):
-            x = images(16, shape, 256)
-            return -log_prob(x, torch.rand(x.shape)).mean() / math.prod(shape)
-
-        def inverse(z, model=model, shapes=shapes):
+        def inverse(z):
             parts = split(z, shapes[::-1])[::-1]
             means = []
             for base, part in zip(model.q0, parts, strict=True):
@@ -228,22 +205,24 @@ def normflows(code: Path) -> Iterator:
             model.transform = transform
             return made if transform else made - 0.5
 
-        loss()
-        randomized(model)
-        if name != "random":
-            trained(model, loss)
-        yield from ((f"{name}/{key}", array) for key, array in entries(model, x, log_prob, inverse))
+        return entries(name, model, (c, 8, 8), log_prob, inverse)
+
+    yield from made("random", 1, glow, glow, use_lu=True, net_actnorm=True)
+    yield from made("trained", 3, gaussian, glow, use_lu=False)
+    yield from made("additive", 1, glow, partial(gaussian, trainable=False), scale=False)
+    yield from made("classes", 1, of_class, of_class)
 
 
 def chrischute(code: Path) -> Iterator:
-    """Batch normalization by its running statistics."""
+    """Batch normalization by its running statistics, so the random model is trained, too."""
     theirs = importlib.import_module("models.glow.glow")
     util = importlib.import_module("util")
-    shape = (3, 8, 8)
-    for name in ("random", "trained"):
+    Tensor.float = lambda self: self  # the inverse of a 1x1 convolution is rounded there
+
+    def made(name, steps):
         model = theirs.Glow(5, 2, 2)
 
-        def log_prob(x, u, model=model):
+        def log_prob(x, u):
             draw, torch.rand_like = torch.rand_like, lambda x: u
             z, log_det = model(x.to(u.dtype) / 255)
             torch.rand_like = draw
@@ -251,23 +230,16 @@ def chrischute(code: Path) -> Iterator:
                 [-util.NLLLoss()(*each) for each in zip(z[:, None], log_det[:, None], strict=True)]
             )
 
-        def loss(log_prob=log_prob):
-            x = images(16, shape, 256)
-            return -log_prob(x, torch.rand(x.shape)).mean() / math.prod(shape)
-
-        def inverse(z, model=model):
+        def inverse(z):
             # The latents are put together as the image is, which is `squeeze` there.
             fine, coarse = split(z, [(6, 4, 4), (24, 2, 2)])
             joined = torch.cat([coarse, theirs.squeeze(fine)], dim=1)
             return model(theirs.squeeze(theirs.squeeze(joined, True), True), reverse=True)[0]
 
-        x = images(4, shape, 256)
-        loss()
-        randomized(model)
-        trained(model, loss, steps=3 if name == "random" else 100)  # for the running statistics
-        model.eval()
-        Tensor.float = lambda self: self  # the inverse of a 1x1 convolution is rounded there
-        yield from ((f"{name}/{key}", array) for key, array in entries(model, x, log_prob, inverse))
+        return entries(name, model, (3, 8, 8), log_prob, inverse, steps=steps)
+
+    yield from made("random", 3)
+    yield from made("trained", 100)
 
 
 def tarflow(code: Path) -> Iterator:
@@ -276,33 +248,27 @@ def tarflow(code: Path) -> Iterator:
     # They compute norms and scales in float32 at any precision.
     Tensor.float = lambda self: self
     theirs.MetaBlock = partial(theirs.MetaBlock, head_dim=8)
-    for name, shape, patch, classes in (("random", (1, 6, 6), 2, 0), ("trained", (3, 8, 8), 4, 3)):
-        c, side, _ = shape
-        dims, entry = math.prod(shape), c * patch**2
-        model = theirs.Model(c, side, patch, 16, 2, 2, num_classes=classes)
-        x = images(4, shape, 256)
-        labels = torch.arange(4) % classes if classes else None
 
-        def log_prob(x, u, labels=labels, model=model, dims=dims):
+    def made(name, shape, patch, classes):
+        model = theirs.Model(shape[0], shape[1], patch, 16, 2, 2, num_classes=classes)
+        dims, entry = math.prod(shape), shape[0] * patch**2
+
+        def log_prob(x, u):
             # As in train.py, and evaluate_bpd.py, where log 128 is for images in [-1, 1].
+            labels = torch.arange(len(x)) % classes if classes else None
             z, _, log_dets = model((x + u) / 256 * 2 - 1, labels)
             normal = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
             return normal + dims * (log_dets - math.log(128))
 
-        def loss(log_prob=log_prob, shape=shape, classes=classes):
-            x = images(16, shape, 256)
-            y = torch.randint(classes, (16,)) if classes else None
-            return -log_prob(x, torch.rand(x.shape), y).mean() / math.prod(shape)
-
-        def inverse(z, model=model, entry=entry, classes=classes):
+        def inverse(z):
             # After an even number of blocks, the tokens of flowtrain are in reversed order.
             tokens = z.view(len(z), entry, -1).flip(2).mT.contiguous()
             return model.reverse(tokens, torch.arange(len(z)) if classes else None) / 2
 
-        randomized(model)
-        if name != "random":
-            trained(model, loss)
-        yield from ((f"{name}/{key}", array) for key, array in entries(model, x, log_prob, inverse))
+        return entries(name, model, shape, log_prob, inverse)
+
+    yield from made("random", (1, 6, 6), 2, 0)
+    yield from made("trained", (3, 8, 8), 4, 3)
 
 
 PROJECTS = {each.__name__: each for each in (rosinality, y0ast, normflows, chrischute, tarflow)}
