@@ -23,7 +23,7 @@ SESSION ?=
 # TORCH_INDEX=URL`.
 DOCKER ?=
 
-# What `make mutants` adds: `--only resuming`, `--results FILE`, `--again`.
+# What `make mutants` adds: `--only resuming`, or `--first 120` to go on with this one.
 MUTANTS ?=
 
 # The tests start many processes. Without this, each compiles all of flowtrain again.

@@ -3,26 +3,23 @@
 `mutants.txt` has the slips, each as two lines like those of a diff. The first is a snippet that
 occurs once in the package, so a file that moves keeps its mutants. The tests of the mutated file
 are found by its path: `flowtrain/a/b.py` has those in `tests/a/test_b.py`, then the others in
-`tests/a`, then those in `FURTHER`. A test without output for `--seconds` counts as a failure.
+`tests/a`, then those in `FURTHER`. A test that takes more than `--seconds` counts as a failure.
 
     python tests/mutants.py --only resuming
 """
 
 import argparse
-import collections
 import contextlib
-import importlib
-import json
 import os
+import queue
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".txt")
 COPIED = ("flowtrain", "tests", "configs", "docs", "benchmarks", "notebooks")
 MEMORY = 8 * 2**30  # bytes that the tests of one mutant may take
-IMPORTED = (
-    *("torch", "torchvision", "torch.utils.tensorboard", "safetensors.torch", "sklearn.datasets"),
-    *("matplotlib.figure", "pydantic", "typer", "rich", "yaml"),
-)
 
 # Further folders and files of tests, by a folder of the package.
 LIKELIHOODS = ["bijections", "models", "flow", "latents", "evaluation"]
@@ -70,9 +63,9 @@ def table() -> list[Mutant]:
     return mutants
 
 
-def sources(root: Path = ROOT) -> dict[Path, str]:
-    files = sorted((root / "flowtrain").rglob("*.py"))
-    return {file.relative_to(root): file.read_text(encoding="utf-8") for file in files}
+def sources() -> dict[Path, str]:
+    files = sorted((ROOT / "flowtrain").rglob("*.py"))
+    return {file.relative_to(ROOT): file.read_text(encoding="utf-8") for file in files}
 
 
 def file_of(mutant: Mutant, texts: dict[Path, str]) -> Path:
@@ -105,84 +98,37 @@ def tests_of(file: Path) -> list[Path]:
     return [each.relative_to(ROOT) for each in dict.fromkeys(files) if each.is_file()]
 
 
-@dataclass
-class Run:
-    """The tests of one mutant, in a process of their own, in a copy of the repository."""
-
-    mutant: Mutant
-    file: Path
-    copy: Path
-
-    def start(self) -> None:
-        original = (ROOT / self.file).read_text(encoding="utf-8")
-        changed = original.replace(self.mutant.snippet, self.mutant.replacement)
-        (self.copy / self.file).write_text(changed, encoding="utf-8")
-        self.begun = self.alive = self.looked = time.monotonic()
-        self.length = 0
-        self.pid = start_tests(self.copy, tests_of(self.file))
-
-    def result(self, seconds: float) -> dict[str, object] | None:
-        """What has come of it, if it is over: after so many seconds without output, it is."""
-        now, log = time.monotonic(), self.copy / "log"
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        paused, self.looked = now - self.looked > 10, now  # this process itself, or the machine
-        if paused or log.stat().st_size > self.length:
-            self.length, self.alive = log.stat().st_size, now
-        hangs = pid == 0 and now - self.alive > seconds
-        if pid == 0 and not hangs:
-            return None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        if hangs:
-            os.waitpid(self.pid, 0)
-        shutil.copy2(ROOT / self.file, self.copy / self.file)
-        output = log.read_text(encoding="utf-8", errors="replace")
-        outcome = "time-out" if hangs else outcome_of(os.waitstatus_to_exitcode(status), output)
-        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
-        last = re.findall(r"^tests/\S+", output, re.MULTILINE)[-1:] if hangs else []
-        test = failed[1] if failed else last[0] if last else None
-        found = {"file": str(self.file), "outcome": outcome, "test": test}
-        return {**self.mutant._asdict(), **found, "seconds": round(now - self.begun, 1)}
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """This file is a plugin of the runs below: tests that run a command come last."""
+    items.sort(key=lambda item: bool(item.get_closest_marker("run")))
 
 
-def outcome_of(code: int, output: str) -> str:
-    if code == 0:
-        return "survived"
-    if code in (1, 2):  # a test failed, or could not be collected
-        return "caught"
-    if code < 0:
-        return "crash"
-    raise SystemExit(f"pytest ended with exit code {code}:\n{output[-3000:]}")
-
-
-class CommandsLast:
-    """Tests that run a command come last."""
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: bool(item.get_closest_marker("run")))
-
-
-def start_tests(copy: Path, tests: Iterable[object]) -> int:
-    """Runs them up to the first failure, in a fork, which need not import torch again."""
-    if pid := os.fork():
-        return pid
-    code = 3
-    try:
-        os.setsid()
-        log = os.open(copy / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for descriptor in (1, 2):
-            os.dup2(log, descriptor)
-        os.chdir(copy)
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        sys.path.insert(0, str(copy))
-        sys.argv[1:] = []
-        options = ["-x", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
-        code = int(pytest.main([*options, *map(str, tests)], [CommandsLast()]))
-        sys.stdout.flush()
-    finally:
-        os._exit(code)
+def failed_test(mutant: Mutant, copy: Path, seconds: float) -> str | None:
+    """The first test that fails in a copy of the repository with the slip. None if none does."""
+    texts = sources()
+    file = file_of(mutant, texts)
+    changed = texts[file].replace(mutant.snippet, mutant.replacement)
+    (copy / file).write_text(changed, encoding="utf-8")
+    words = ["-x", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-p", "mutants"]
+    words += ["-o", f"faulthandler_timeout={seconds}", "-o", "faulthandler_exit_on_timeout=true"]
+    command = [sys.executable, "-m", "pytest", *words, *map(str, tests_of(file))]
+    paths = os.pathsep.join([str(copy), str(copy / "tests")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    with (copy / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=copy, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        code = process.wait()
+    with contextlib.suppress(ProcessLookupError):  # commands of a test that hangs
+        os.killpg(process.pid, signal.SIGKILL)
+    (copy / file).write_text(texts[file], encoding="utf-8")
+    output = (copy / "log").read_text(encoding="utf-8", errors="replace")
+    if code > 2:  # 1 is a test that failed, 2 one that could not be collected
+        raise SystemExit(f"pytest ended with exit code {code}:\n{output[-3000:]}")
+    named = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    named += reversed(re.findall(r"^tests/\S+", output, re.MULTILINE))  # of one without a report
+    return named[0] if code else None
 
 
 def copy_repository(copy: Path) -> None:
@@ -191,74 +137,46 @@ def copy_repository(copy: Path) -> None:
     for file in ROOT.iterdir():
         if file.is_file() and not file.is_symlink():
             shutil.copy2(file, copy)
-    (copy / "log").touch()
 
 
-def run(mutants: list[Mutant], results: Path, jobs: int, seconds: float) -> None:
-    texts = sources()
-    runs = [Run(mutant, file_of(mutant, texts), Path()) for mutant in mutants]
-    for module in IMPORTED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        free = [Path(folder, str(number)) for number in range(jobs)]
-        for copy in free:
-            copy_repository(copy)
-        running: list[Run] = []
-        while runs or running:
-            while runs and free:
-                running.append(runs.pop(0))
-                running[-1].copy = free.pop()
-                running[-1].start()
-            time.sleep(0.1)
-            for each in list(running):
-                if (result := each.result(seconds)) is not None:
-                    with results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(result) + "\n")
-                    print("{number:>4} {outcome:8} {seconds:6} s  {test}".format_map(result))
-                    running.remove(each)
-                    free.append(each.copy)
+def run(mutants: list[Mutant], jobs: int, seconds: float) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # the tests inherit it
+    free: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    survived = []
 
+    def tried(mutant: Mutant) -> str | None:
+        copy = free.get()
+        try:
+            return failed_test(mutant, copy, seconds)
+        finally:
+            free.put(copy)
 
-def read(path: Path) -> dict[tuple[str, str], dict[str, object]]:
-    """The newest result of each mutant, by snippet and replacement."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    results = map(json.loads, lines)
-    return {(result["snippet"], result["replacement"]): result for result in results}
-
-
-def summarize(known: list[dict[str, object]]) -> None:
-    for part in dict.fromkeys(result["part"] for result in known):
-        of_part = [result for result in known if result["part"] == part]
-        counts = collections.Counter(str(result["outcome"]) for result in of_part)
-        words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-        print(f"{part}: {len(of_part)}, {words}")
-    for result in known:
-        if result["outcome"] == "survived":
-            print("{number:>4} {file}\n     - {snippet}\n     + {replacement}".format_map(result))
-    caught = sum(result["outcome"] != "survived" for result in known)
-    print(f"{caught} of {len(known)} mutants are caught")
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
+        for number in range(jobs):
+            copy_repository(Path(folder, str(number)))
+            free.put(Path(folder, str(number)))
+        for mutant, test in zip(mutants, pool.map(tried, mutants), strict=True):
+            print(f"{mutant.number:>4} {f'caught by {test}' if test else 'survived'}", flush=True)
+            survived += [] if test else [mutant]
+    for mutant in survived:
+        print(f"{mutant.number:>4} {mutant.part}\n- {mutant.snippet}\n+ {mutant.replacement}")
+    print(f"{len(mutants) - len(survived)} of {len(mutants)} mutants are caught")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="number, or a part of the heading, the file or the snippet")
+    parser.add_argument("--only", default="", help="a part of the heading, file or snippet")
+    parser.add_argument("--first", type=int, default=1, help="number of the first one to try")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--seconds", type=float, default=180, help="limit of one test")
-    parser.add_argument("--again", action="store_true", help="also mutants with a result")
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "mutants.jsonl")
     options = parser.parse_args()
-    mutants, texts, known = table(), sources(), read(options.results)
-    chosen = []
-    for mutant in mutants:
-        words = f"{mutant.part} {file_of(mutant, texts)} {mutant.snippet}"
-        named = [str(mutant.number)] if (options.only or "").isdigit() else words
-        if (options.only or "") in named and (options.again or mutant[2:] not in known):
-            chosen.append(mutant)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    run(chosen, options.results, options.jobs, options.seconds)
-    known = read(options.results)
-    summarize([known[mutant[2:]] for mutant in mutants if mutant[2:] in known])
+    texts = sources()
+    chosen = [
+        mutant
+        for mutant in table()[options.first - 1 :]
+        if options.only in f"{mutant.part} {file_of(mutant, texts)} {mutant.snippet}"
+    ]
+    run(chosen, options.jobs, options.seconds)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,6 @@ def written(path, text):
     return path
 
 
-# --- values ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -85,17 +82,6 @@ def test_a_whole_file(tmp_path):
     assert resolved == config.resolved() == json.loads(json.dumps(config.resolved()))
 
 
-def test_data_and_a_model_are_enough():
-    """The defaults are the model's own, and the recipe that did best."""
-    config = parse({"data": {"name": "cifar10"}, "model": {"name": "glow"}})
-    train, model = config.train, config.model
-    assert (model.levels, model.steps, model.width) == (3, 32, 512)
-    assert (train.num_steps, train.budget) == (None, 1800) and config.data.root.is_absolute()
-    tuned = load_config(find_config("glow_cifar_small.yaml")).train
-    for key in ("optimizer", "schedule", "warmup_steps", "clip_norm", "ema", "batch_size"):
-        assert getattr(train, key) == getattr(tuned, key), key
-
-
 @pytest.mark.parametrize("order", [1, -1])
 def test_another_name_drops_the_options_of_the_old_one(order):
     values = {"model": {"levels": 2, "coupling": "additive"}, "data": {"n_bits": 5}, **STEPS}
@@ -122,9 +108,6 @@ def test_steps_and_budget_clear_each_other():
         assert [train.num_steps, train.budget] == expected
 
 
-# --- mistakes -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -139,13 +122,9 @@ def test_steps_and_budget_clear_each_other():
         ("model.name=os.path", r"model\.name: module 'os\.path' has no function `build`"),
         # a wrong type or value
         ("train.batch_size=x", r"train\.batch_size: .*integer.*got 'x'"),
-        ("train.batch_size=0", r"train\.batch_size: .*greater than or equal to 1.*got 0"),
         ("train.lr=.nan", r"train\.lr: .*finite"),
-        ("train.ema=1", r"train\.ema: .*less than 1"),
         ("train.logger=[wandb,wandb]", r"train\.logger: one of them is named twice"),
-        ("data.n_bits=9", r"data\.n_bits: .*got 9"),
         ("model.width=x", r"model\.width: .*integer.*; or .*list"),
-        ("dequantization.alpha=0.5", r"dequantization\.alpha: "),
         # a boolean is no number
         ("train.batch_size=yes", r"train.batch_size: expected a number, not a boolean, got "),
         ("train.budget=true", r"train.budget: expected a number, not a boolean, got "),
@@ -258,9 +237,6 @@ def test_differences():
     assert differences({"a": 1}, {"b": {"c": 2}}) == [("a", 1, None), ("b", None, {"c": 2})]
 
 
-# --- a user's own module --------------------------------------------------------------------------
-
-
 def test_a_dotted_name_is_a_users_own_module(tmp_path, monkeypatch):
     (tmp_path / "my_flows").mkdir()
     own = "def build(shape, *, depth: int, wide: bool = False):\n    return None\n"
@@ -275,38 +251,16 @@ def test_a_dotted_name_is_a_users_own_module(tmp_path, monkeypatch):
         parsed(["model.name=my_flows.small", "model.depth=x"])
 
 
-# --- the schema and the shipped files -------------------------------------------------------------
-
-
-def section_schema(schema, section, name):
-    """The properties of a section, of the data set or model `name` if there are several."""
-
-    def resolve(node):
-        while "$ref" in node:
-            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
-        return node
-
-    node = resolve(schema["properties"][section])
-    kinds = [resolve(kind)["properties"] for kind in node.get("anyOf", [node])]
-    if len(kinds) == 1:
-        return kinds[0]
-    return next(kind for kind in kinds if kind["name"]["const"] == name)
-
-
-def test_the_schema_has_every_key():
+def test_the_schema_has_every_key_with_a_description():
     schema = json.loads(json.dumps(json_schema()))
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert schema["additionalProperties"] is False
-    for path in CONFIGS:
-        config = load_config(path).resolved()
-        for section in ("data", "model", "train", "dequantization"):
-            known = section_schema(schema, section, config[section].get("name"))
-            assert set(config[section]) == set(known), (path.name, section)
-    sections = [(base.section, name) for base in (Data, Model) for name in component_names(base)]
-    for section, name in (*sections, ("train", None), ("dequantization", None)):
-        keys = section_schema(schema, section, name)
-        undescribed = [key for key in keys if not keys[key].get("description", "").endswith(".")]
-        assert set(undescribed) <= {"name"}, (section, name)
+    sections = [kind["properties"] for kind in schema["$defs"].values() if "properties" in kind]
+    names = {keys["name"]["const"] for keys in sections if "const" in keys.get("name", {})}
+    assert names >= {*component_names(Data), *component_names(Model)}
+    for keys in sections:
+        undescribed = [k for k, about in keys.items() if about.get("description", "")[-1:] != "."]
+        assert set(undescribed) <= {"name"}
 
 
 @pytest.mark.parametrize("name", ["configuration", "models"])

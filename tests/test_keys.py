@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -22,7 +21,6 @@ from PIL import Image
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import read
 from flowtrain.config import Config, Data, Model, Section, component_names, component_schema, parse
-from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import initialize
@@ -109,8 +107,8 @@ PARTS |= dict.fromkeys(("checkpoint_every", "keep_checkpoints", "sample_every"),
 PARTS = {f"train.{key}": part for key, part in PARTS.items()} | {"train.logger": "events"}
 # Choices without an effect here: refused for these images, and equal to one of the others.
 LEFT_OUT = {("folder:data.resize", "exact"), ("cnf:model.trace", "auto")}
-# Keys with a test of their own: below, in training/ (test_resume.py, test_stop.py,
-# test_non_finite.py, test_loss.py), in cli/, or in datasets/ (test_datasets.py, test_hub.py).
+# Keys with a test of their own: below, in data/ (test_batches.py), training/ (test_resume.py,
+# test_stop.py, test_non_finite.py, test_loss.py), cli/, datasets/ (test_datasets.py, test_hub.py).
 SPECIAL = {"data.name", "model.name", "data.root", "data.max_in_memory", "data.workers"}
 SPECIAL |= {f"train.{key}" for key in ("budget", "memory", "max_non_finite", "compile")}
 SPECIAL |= {"train.cuda_graph", "train.clock"}
@@ -273,25 +271,9 @@ def test_nothing_changed_nothing_differs(layer, outcome, here):
     assert trained(values, here / f"again-{bool(layer)}") == outcome(values)
 
 
-# --- keys whose effect is not in those files ------------------------------------------------------
-
-
 def test_no_average_is_kept(outcome):
     assert outcome(BASE)["weights"] == ["ema", "model", "optimizer"]
     assert outcome(changed(BASE, "train.ema", 0))["weights"] == ["model", "optimizer"]
-
-
-@pytest.mark.parametrize(
-    "gigabytes, workers, threads", [(4, 2, 0), (0, 0, 0), (0, 1, 1), (0, 2, 2)]
-)
-def test_data_max_in_memory_and_workers(gigabytes, workers, threads):
-    """The keys decide how batches are read, and by how many threads."""
-    settings = parse(merged(BASE, {"data": {"max_in_memory": gigabytes, "workers": workers}}))
-    made = Batches(DataSet(settings.data), settings, 16, CPU)
-    assert made.streams == (gigabytes == 0)
-    made.at(48)
-    assert sum(thread.name.startswith("data") for thread in threading.enumerate()) == threads
-    made.close()
 
 
 def test_train_memory():

@@ -14,7 +14,6 @@ from flowtrain.training.step import require_trainable
 
 # dims, width, hidden layers, features of a context
 SIZES = [(1, 4, 1, 0), (2, 5, 2, 0), (6, 40, 3, 0), (9, 3, 2, 0), (5, 30, 2, 3), (1, 4, 1, 3)]
-every_size = pytest.mark.parametrize("dims, width, hidden_layers, context_features", SIZES)
 
 
 def net_of(dims, width, hidden_layers, context_features):
@@ -46,10 +45,7 @@ def test_reversible_is_refused_in_bf16():
         require_trainable(flow, a_config("causal", train={"memory": "reversible"}), cpu)
 
 
-# ---------------------------------------------------------------- the conditioner
-
-
-@every_size
+@pytest.mark.parametrize("dims, width, hidden_layers, context_features", SIZES)
 def test_parameters_depend_on_the_entries_before(dims, width, hidden_layers, context_features):
     net = net_of(dims, width, hidden_layers, context_features)
     points = some(20, dims)  # every ReLU is active at one of them
@@ -70,36 +66,6 @@ def test_parameters_depend_on_the_entries_before(dims, width, hidden_layers, con
         for call in (net, layer.inverse):
             with pytest.raises(ValueError, match="expected a context of 3 entries"):
                 call(points)
-
-
-@every_size
-def test_every_unit_can_matter(dims, width, hidden_layers, context_features):
-    """Units are divided evenly among degrees. Each has inputs and is an input of the next layer."""
-    net = net_of(dims, width, hidden_layers, context_features)
-    assert sum(net.units) == width and len(net.units) == dims
-    present = [n for n in net.units if n]
-    assert max(present) - min(present) <= 1
-    if dims > 1:
-        assert net.units[-1] and bool(net.units[0]) == bool(context_features)
-    for layer in [*net.hidden[1:], net.last]:
-        assert layer.mask.any(dim=0).all()
-    if dims > 1 and not context_features:
-        assert all(layer.mask.any(dim=1).all() for layer in net.hidden)
-
-
-def test_masked_weights_start_by_what_they_see():
-    mask = torch.ones(400, 300).tril().bool()
-    layer = MaskedLinear(mask)
-    x = some(200, 300).float()
-    with torch.no_grad():
-        spread = (layer(x) - layer.bias).std(0)
-    # Each unit has the standard deviation of torch's units, 1 / sqrt(3), however little it sees.
-    for some_units in (spread[2:60], spread[-60:]):
-        assert some_units.square().mean().sqrt().item() == pytest.approx(3**-0.5, rel=0.1)
-    assert "mask" not in layer.state_dict()
-
-
-# ---------------------------------------------------------------- the layer
 
 
 def test_inverse_computes_each_unit_once(monkeypatch):

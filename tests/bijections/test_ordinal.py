@@ -57,9 +57,6 @@ def trained():
     return flow, x
 
 
-# ---------------------------------------------------------------- the likelihood
-
-
 @pytest.mark.parametrize(
     "shape, levels, token, options",
     [
@@ -183,9 +180,6 @@ def test_a_training_step_has_the_likelihood_and_its_gradient_without_latents():
     assert all(gradient.any() for gradient in gradients[0])
 
 
-# ---------------------------------------------------------------- extremes
-
-
 @pytest.mark.parametrize("scale", [-1e30, -30.0, 1e30])
 @pytest.mark.parametrize("offset", [-1e20, 0.0, 1e4])
 @pytest.mark.run  # takes long
@@ -233,9 +227,6 @@ def test_the_scale_of_an_entry_is_bounded_also_if_images_never_vary():
     assert flow.bits_per_dim(images(30, (1, 4, 4)), seeded()).isfinite().all()
 
 
-# ---------------------------------------------------------------- the start
-
-
 def test_the_linear_prediction_is_that_of_least_squares(monkeypatch):
     generator = seeded()
     x = torch.randn(40, 2, 6, 7, generator=generator, dtype=torch.float64)
@@ -259,19 +250,6 @@ def test_the_linear_prediction_is_that_of_least_squares(monkeypatch):
     prediction = LinearPrediction(4, (3, 3), Window(3, 3, ahead=0))
     with pytest.raises(UserError, match="model.window: a linear prediction from 100 values needs"):
         prediction.fit(torch.zeros(2, 4, 3, 3))
-
-
-def test_it_is_initialized_from_200_images():
-    few, more = (build_flow(a_config("causal"), (1, 4, 4), 256) for _ in range(2))
-    x = images(300, (1, 4, 4))
-    initialize(few, x[:200], torch.zeros(200, 1, 4, 4))
-    initialize(more, x, torch.zeros(300, 1, 4, 4))
-    assert few.initialization_images == 200
-    for here, there in zip(few.parameters(), more.parameters(), strict=True):
-        assert torch.equal(here, there)
-
-
-# ---------------------------------------------------------------- what it refuses
 
 
 @pytest.mark.parametrize(

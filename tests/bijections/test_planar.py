@@ -60,9 +60,6 @@ def test_a_vanishing_w(scale, sign):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() < 1e3
 
 
-# ---------------------------------------------------------------- the edge
-
-
 @DTYPES
 def test_a_layer_at_the_edge_still_inverts(dtype):
     """At `w^T x + b = 0` the derivative along w is 0.001, so x has 1000 times the rounding of z."""

@@ -6,17 +6,11 @@ from catalogue import TINY
 from fake_device import NAME, device_without_float64
 from helpers import a_config, images, perturb, seeded
 
-from flowtrain.bijections import continuous, ordinal, precision
+from flowtrain.bijections import continuous, ordinal
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.pictures.sample import sample
-
-
-def test_only_apples_gpus_have_no_double_precision():
-    for device, has in [("cpu", True), ("cuda", True), ("xpu", True), ("mps", False)]:
-        tensor = type("Tensor", (), {"device": torch.device(device)})()
-        assert precision.has_float64(tensor) == has
 
 
 @pytest.mark.run

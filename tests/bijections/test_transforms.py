@@ -124,9 +124,6 @@ def test_the_scales_of_the_papers():
             torch.testing.assert_close(log_scale, torch.full((1, 2), math.log(scale)))
 
 
-# ---------------------------------------------------------------- the start
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "build",
@@ -167,9 +164,6 @@ def test_components_of_a_mixture_part():
         assert all((a - b).abs() > least for a, b in itertools.combinations(group, 2))
 
 
-# ---------------------------------------------------------------- splines
-
-
 def knots(transform, parameters):
     """x, z and derivative `(B, K + 1)` at the knots, from parameters `(B, P, ...)` of one entry."""
     k, bound = transform.bins, transform.tail_bound
@@ -208,9 +202,6 @@ def test_spline_is_the_identity_outside():
     for function in (transform, transform.inverse):
         result, log_derivative = function(x.expand(8, 1, 6), parameters)
         assert torch.equal(result, x.expand(8, 1, 6)) and not log_derivative.any()
-
-
-# ---------------------------------------------------------------- mixtures
 
 
 def formula(transform, x, parameters):
@@ -257,8 +248,6 @@ def test_mixture_inverse_takes_few_steps(dtype, most, monkeypatch):
         transform.inverse(z, parameters)
     assert len(calls) <= most
 
-
-# ---------------------------------------------------------------- the solver
 
 HARD = {
     "cubic": lambda x: (x**3, 3 * x**2),

@@ -29,10 +29,6 @@ def first(source, count, start=0):
     return [source.at(step * source.all_processes)[0] for step in range(start, start + count)]
 
 
-def data_set(section):
-    return DataSet(a_config("nice", data=section).data)
-
-
 @pytest.fixture
 def numbered(tmp_path):
     """20 training images: image i has the value i, and i + 100 on its left half."""
@@ -111,16 +107,6 @@ def test_a_batch_is_divided_among_the_processes(as_process, tmp_path, streamed):
         assert torch.equal(torch.cat(halves), whole)
 
 
-def test_the_order_goes_on_with_another_number_of_processes(as_process, numbered):
-    order = []
-    for world, size, steps in [(2, 2, 2), (1, 3, 2), (3, 2, 1)]:
-        for used in range(len(order), len(order) + steps * world * size, world * size):
-            for rank in range(world):
-                as_process(rank, world)
-                order += batches(numbered, size).positions(used).tolist()
-    assert sorted(order) == list(range(20))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("form", ["memory", "memory map", "parts"])
 def test_streaming_changes_nothing(tmp_path, monkeypatch, form, workers):
@@ -143,10 +129,12 @@ def test_streaming_changes_nothing(tmp_path, monkeypatch, form, workers):
         "parts": {"path": str(home)},
     }[form]
     kind = {"memory": np.ndarray, "memory map": np.memmap, "parts": Mapped}[form]
+    before = set(threading.enumerate())
     with contextlib.closing(batches({**section, "workers": workers})) as streamed:
         assert type(streamed.source.pixels) is kind and streamed.streams and not resident.streams
         for a, b in zip(first(resident, 8, 2), first(streamed, 8, 2), strict=True):
             assert torch.equal(a, b)
+        assert len(set(threading.enumerate()) - before) == workers
 
 
 def test_what_fits_is_held_in_memory(tmp_path, monkeypatch):
@@ -211,22 +199,3 @@ def test_shifts():
     assert len(moves) == 200  # each image is moved as a whole, by no more than 2
     assert len(set(moves.values())) == 25  # in every way there is
     assert torch.equal(augment(x[7:12], False, 2, 0, 7), y[7:12])
-
-
-def test_flips_are_for_data_sets_that_have_a_mirror_image():
-    for name, flips in (("digits", False), ("cifar10", True)):
-        assert data_set({"name": name}).flip is flips
-        assert data_set({"name": name, "flip": not flips}).flip is not flips
-
-
-def test_only_training_images_are_augmented(numbered):
-    section = {**numbered, "flip": True, "shift": 3, "validation": 4}
-    data = data_set(section)
-    for name in ("validation", "test"):
-        x = data.split(name).take(slice(None))
-        assert (x[..., :4] == x[..., :1]).all() and (x[..., 0, 0] >= 100).all()
-    source = batches(section)
-    resident = source.resident.clone()
-    x = torch.cat(first(source, 4))
-    assert not (x[..., :4] == x[..., :1]).all()
-    assert torch.equal(source.resident, resident)  # it is not written into

@@ -19,7 +19,7 @@ def data_set(section):
 
 
 def test_splits_are_disjoint_and_fixed_by_their_seed(tmp_path):
-    section = npz(tmp_path / "a.npz", train=40, test=6, validation=0.25)
+    section = npz(tmp_path / "a.npz", train=40, test=6, validation=0.25, flip=True, shift=2)
     splits = {name: data_set(section).split(name) for name in ("train", "validation", "test")}
     assert [len(s) for s in splits.values()] == [30, 10, 6]
     held = splits["validation"].indices
@@ -46,24 +46,33 @@ def test_a_sample_of_sorted_images_has_all_classes():
     assert np.array_equal(split.sample(1000).indices, split.indices)
 
 
-def test_images_with_256_levels_are_reduced_to_those_of_a_model(tmp_path):
+def test_images_with_256_levels_are_reduced(tmp_path):
+    """To their upper bits, or to the levels of a model."""
     section = npz(tmp_path / "a.npz")
     stored = data_set(section).split("test").take(slice(None))
     data = DataSet(a_config("nice", data=section).data, levels=17)
     x = data.split("test").take(slice(None))
     assert data.num_bins == 17 and torch.equal(x, (stored.double() / 255 * 16).round().byte())
-    for other, levels in (({**section, "n_bits": 5}, 32), ({"name": "digits"}, 17)):
-        assert DataSet(a_config("nice", data=other).data, levels=9).num_bins == levels
+    assert DataSet(a_config("nice", data={"name": "digits"}).data, levels=9).num_bins == 17
+    for n_bits in (1, 5):
+        data = DataSet(a_config("nice", data={**section, "n_bits": n_bits}).data, levels=9)
+        test, expected = data.split("test"), stored >> (8 - n_bits)
+        x = test.take(slice(None))
+        assert torch.equal(x, expected) and x.dtype == torch.uint8 and data.num_bins == 2**n_bits
+        x.zero_()  # a copy
+        assert torch.equal(test.take(np.array([1])), expected[1:2])
 
 
-def test_validation_is_a_count_or_a_fraction(tmp_path):
-    section = npz(tmp_path / "a.npz", train=40)
-    for validation, held in [(0, 0), (5, 5), (0.01, 1), (39, 39)]:
-        data = data_set({**section, "validation": validation})
-        assert (len(data.split("train")), len(data.split("validation"))) == (40 - held, held)
-    for impossible in (40, 2.5):
-        with pytest.raises(UserError, match="data.validation"):
-            data_set({**section, "validation": impossible}).split("train")
+def test_options_that_do_not_fit(tmp_path):
+    digits, flat = {"name": "digits"}, npz(tmp_path / "a.npz", shape=(2, 8, 1))
+    assert len(data_set({**flat, "shift": 1}).split("test")) == 4
+    for section, message in (
+        ({**digits, "n_bits": 5}, "data.n_bits: digits has 17 levels"),
+        ({**digits, "validation": 2.5}, "data.validation: cannot hold out 2.5"),
+        ({**flat, "shift": 2}, "data.shift: 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data_set(section).split("train")
 
 
 def test_equal_images_are_in_one_split(tmp_path):
@@ -131,28 +140,6 @@ def test_mapped_images_are_split_like_those_in_memory(tmp_path, monkeypatch, own
     monkeypatch.setattr(Mapped, "__getitem__", lambda *args: pytest.fail("read again"))
     assert data_set(section).fingerprint == mapped.fingerprint
     assert data_set({**section, "split_seed": 1}).fingerprint != mapped.fingerprint
-
-
-def test_n_bits_keeps_the_upper_bits(tmp_path):
-    section = npz(tmp_path / "a.npz", validation=5)
-    with np.load(section["path"]) as arrays:
-        pixels = arrays["x_test"].transpose(0, 3, 1, 2)
-    for n_bits in (1, 5, 8):
-        data = data_set({**section, "n_bits": n_bits})
-        test, expected = data.split("test"), pixels // 2 ** (8 - n_bits)
-        x = test.take(slice(None))
-        assert np.array_equal(x, expected) and x.dtype == torch.uint8 and data.num_bins == 2**n_bits
-        x.zero_()  # a copy
-        assert np.array_equal(test.take(np.array([1])), expected[1:2])
-
-
-def test_options_that_do_not_fit(tmp_path):
-    for options in ({"n_bits": 5}, {"shift": 8}):
-        with pytest.raises(UserError, match=r"data.n_bits: digits has 17 levels|data.shift: 8"):
-            data_set({"name": "digits", **options})
-    data_set(npz(tmp_path / "a.npz", shape=(2, 8, 1), shift=1))
-    with pytest.raises(UserError, match="data.shift: 2"):
-        data_set(npz(tmp_path / "a.npz", shape=(2, 8, 1), shift=2))
 
 
 def test_labels_that_do_not_fit():

@@ -133,16 +133,6 @@ def test_a_large_jpeg_decodes_reduced_to_the_same_picture(tmp_path):
     assert np.abs(jpg.astype(int) - png).mean() < 2
 
 
-@pytest.mark.parametrize("levels", [256, 32, 2, 17])
-def test_open_image_levels(tmp_path, levels):
-    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    out = base.open_image(tmp_path / "a.png", (1, 16, 16), levels)[0]
-    grey = np.round(values / 255 * 16)
-    wanted = {256: values, 32: values >> 3, 2: values >> 7, 17: grey}[levels]
-    assert out.dtype == np.uint8 and np.array_equal(out, wanted) and out.max() == levels - 1
-
-
 def test_a_damaged_png_is_never_taken_for_other_pixels(tmp_path):
     """Pillow alone takes some of these, which lost the end of their data with its checksum."""
     pixels = noise(8, 8, 3)

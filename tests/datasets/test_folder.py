@@ -1,6 +1,5 @@
 """A user's own folder of images, its list, and its cache."""
 
-import contextlib
 import errno
 import io
 import os
@@ -15,7 +14,7 @@ from PIL import Image
 
 from flowtrain.datasets import base, cache, folder
 from flowtrain.errors import RunError, UserError
-from flowtrain.system import distributed, files
+from flowtrain.system import files
 
 
 def draw(path, size=(12, 12), mode="RGB", seed=0, **options):
@@ -347,22 +346,6 @@ def test_a_changed_tree_is_listed_again(large, walks, change):
     assert walks.call_count == 1
     remembered.unlink(missing_ok=True)
     assert found == folder.files_of(large, "")
-
-
-def test_one_of_several_processes_lists_first(large, monkeypatch):
-    inside, stat = [], folder._file
-
-    @contextlib.contextmanager
-    def main_process_first():
-        inside.append(True)
-        yield
-        assert lists(), "the others find the list"
-        inside.pop()
-
-    monkeypatch.setattr(distributed, "main_process_first", main_process_first)
-    monkeypatch.setattr(folder, "_file", lambda *args: inside[0] and stat(*args))
-    settle(large)
-    assert len(listed(large)) == 10 and not inside
 
 
 def test_a_tree_too_deep_for_this_python(tmp_path, monkeypatch):

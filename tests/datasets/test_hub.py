@@ -1,7 +1,6 @@
 """Data sets in the format of the package `datasets`, made on disk by that package."""
 
 import logging
-import sys
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from dataset_helpers import LABELS, PIXELS, a_saved_data_set, build, check, corr
 from helpers import a_config
 from PIL import Image
 
-from flowtrain.config import Data, component_schema
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets import base
 from flowtrain.errors import UserError
@@ -107,16 +105,8 @@ def test_a_repository_is_loaded_without_its_code(monkeypatch, path):
 
 
 def test_without_the_package(path, monkeypatch):
-    for change in (
-        lambda patch: patch.setitem(sys.modules, "datasets", None),
-        lambda patch: patch.delattr(datasets, "__version__"),  # a folder of this name
-    ):
-        with monkeypatch.context() as patch:
-            change(patch)
-            with pytest.raises(UserError, match="needs the package datasets .the extra hub.: "):
-                hub(path=path).read()
-    monkeypatch.setattr(datasets, "__version__", "3.6.0")
-    with pytest.raises(UserError, match=r"needs version 4 .* 3.6.0 is .* --upgrade datasets"):
+    monkeypatch.delattr(datasets, "__version__")  # a folder of this name
+    with pytest.raises(UserError, match="needs the package datasets .the extra hub.: "):
         hub(path=path).read()
 
 
@@ -155,10 +145,6 @@ def test_a_changed_byte_is_one_message_at_most(path, name):
 def test_a_run_finds_it_from_another_folder(path):
     section = {"name": "hub", "path": "saved", "size": 32, "label": "digit", "validation": 4}
     config = a_config("nice", data=section).data
-    assert config.options()["path"] == path
-    data = DataSet(config)
-    split = data.split("train")
-    assert len(split) == 19
+    split = DataSet(config).split("train")
+    assert config.options()["path"] == path and len(split) == 19
     assert split.labels.tolist() == LABELS["train"][split.indices].tolist()
-    assert data.fingerprint == DataSet(config).fingerprint
-    assert component_schema(Data, "hub").model_fields["path"].default is None

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from dataset_helpers import build, chrabaszcz, oord
+from dataset_helpers import chrabaszcz, oord
 from helpers import a_config
 from typer.testing import CliRunner
 
@@ -16,15 +16,6 @@ from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 
 VERSIONS = {"oord2016": oord, "chrabaszcz2017": chrabaszcz}
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("side", [32, 64])
-def test_description_before_anything_is_read(side, version, tmp_path):
-    images = build(f"imagenet{side}", tmp_path / "none", "test", version=version)
-    assert (images.shape, images.num_bins, images.flip) == ((3, side, side), 256, True)
-    assert not images.at_hand() and not (tmp_path / "none").exists()
-    assert images.edition.startswith(f"{version}: ImageNet {side}x{side}")
 
 
 @pytest.mark.run

@@ -18,11 +18,6 @@ build = functools.partial(npz.build, None)
 GOOD = noise(9, 8, 8, 3)
 
 
-def zipped(path, data, method=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", method) as archive:
-        archive.writestr("x_train.npy", data)
-
-
 @pytest.mark.parametrize(
     "array, layout, axes",
     [
@@ -73,13 +68,9 @@ def test_a_tenth_is_held_out_and_equal_images_stay_together(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "arrays, options, message",
     [
-        ({"x": GOOD, "y": GOOD}, {}, r"no array x_train \(it has x, y\).*np.savez"),
-        ({"x_test": GOOD}, {}, r"no array x_train \(it has x_test\)"),
+        ({"x_test": GOOD}, {}, r"no array x_train \(it has x_test\).*np.savez"),
         ({"x_train": GOOD / 255}, {}, r"a.npz: x_train has the type float64, not uint8"),
-        ({"x_train": GOOD.astype(object)}, {}, r"x_train has the type object"),
-        ({"x_train": GOOD, "x_test": GOOD / 255}, {}, r"x_test has the type float64"),
         ({"x_train": GOOD.reshape(9, -1)}, {}, r"x_train .*shape \(9, 192\): images are"),
-        ({"x_train": GOOD[None]}, {}, r"x_train .*shape \(1, 9, 8, 8, 3\): images are"),
         ({"x_train": np.uint8(3)}, {}, r"x_train .*shape \(\): images are"),
         ({"x_train": noise(9, 8, 8, 4)}, {}, r"4 channels .*where 1 or 3 are allowed"),
         ({"x_train": noise(9, 3, 8, 8)}, {}, r"8 channels .*nhwc: set data.layout: nchw"),
@@ -121,66 +112,20 @@ def test_a_folder_of_arrays_that_do_not_fit(tmp_path, name, array, message):
         build("train", path=tmp_path).labels()
 
 
-def test_other_files_in_a_folder_are_no_parts(tmp_path):
-    for name, array in (("x_train-0", GOOD), ("x_train-1", GOOD), ("x_train_old", 255 - GOOD)):
-        np.save(tmp_path / f"{name}.npy", array)
-    found = build("train", path=tmp_path).read()
-    assert np.array_equal(found, np.r_[GOOD, GOOD].transpose(0, 3, 1, 2))
-
-
-@pytest.mark.parametrize(
-    "save, damage, message",
-    [
-        (np.savez, corrupt, r"x_train is damaged .*CRC"),
-        (np.savez_compressed, corrupt, r"x_train is damaged"),
-        (None, lambda data: data[:-10], r"x_train is damaged"),
-        (None, lambda data: b"junk" * 60, "x_train is damaged or not a plain"),
-    ],
-)
-@pytest.mark.parametrize("mapped", [0, npz.MAPPED])
-def test_damage(tmp_path, monkeypatch, save, damage, message, mapped):
+def test_damage(tmp_path, monkeypatch):
     """A changed byte is found when the pixels are read, all else before."""
-    monkeypatch.setattr(npz, "MAPPED", mapped)
-    path = tmp_path / "a.npz"
-    (save or np.savez)(path, x_train=noise(50, 8, 8, 3))
-    if save is not None:
-        damage(path)
-    else:
-        with zipfile.ZipFile(path) as archive:
-            data = archive.read("x_train.npy")
-        zipped(path, damage(data))
-    with pytest.raises(UserError, match=rf"a\.npz: {message}"):
-        images = build("train", path=path)
-        assert save is not None
+    monkeypatch.setattr(npz, "MAPPED", 0)
+    path, buffer = tmp_path / "a.npz", io.BytesIO()
+    np.savez(path, x_train=noise(50, 8, 8, 3))
+    corrupt(path)
+    images = build("train", path=path)
+    with pytest.raises(UserError, match=r"a\.npz: x_train is damaged .*CRC"):
         images.read()
-
-
-@pytest.mark.parametrize(
-    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-)
-@pytest.mark.run  # takes long
-def test_a_changed_byte_anywhere_is_one_error(tmp_path, monkeypatch, method):
-    """Whatever the codec raises. In the parts of a zip that `zipfile` does not look at, it may be
-    none.
-    """
-    path = tmp_path / "a.npz"
-    buffer = io.BytesIO()
-    np.save(buffer, noise(50, 4, 4))
-    zipped(path, buffer.getvalue(), method)
-    data = path.read_bytes()
-    refused = 0
-    for position in range(0, len(data), 7):
-        for flip, mapped in ((1, npz.MAPPED), (128, npz.MAPPED), (255, 0)):
-            monkeypatch.setattr(npz, "MAPPED", mapped)
-            damaged = bytearray(data)
-            damaged[position] ^= flip
-            path.write_bytes(damaged)
-            try:
-                assert len(build("train", path=path).read()[:]) <= 50
-            except UserError as error:
-                refused += 1
-                assert "\n" not in str(error) and len(str(error)) < 600
-    assert refused > 3 * len(data) // 14
+    np.save(buffer, GOOD)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x_train.npy", buffer.getvalue()[:-10])
+    with pytest.raises(UserError, match=r"a\.npz: x_train is damaged: it has 1718 bytes"):
+        build("train", path=path)
 
 
 @pytest.mark.parametrize("size", [10**11, 10**14])

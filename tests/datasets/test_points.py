@@ -109,23 +109,16 @@ def test_commands_on_points(tmp_path):
     assert "540 images to train on, 60 to validate, 2x1x1, real values" in done.out
     assert "nats" in done.out
     rows, written = metrics(tmp_path / "r"), summary(tmp_path / "r")
-    train, validation = (
-        [row["loss"] for row in rows if row["split"] == split] for split in ("train", "validation")
-    )
-    assert train[0] - train[-1] > 0.3 and written["best_validation_loss"] == min(validation)
-    assert (
-        {row["bits_per_dim"] for row in rows} == {None} == {written["best_validation_bits_per_dim"]}
-    )
+    train = [row["loss"] for row in rows if row["split"] == "train"]
+    assert train[0] - train[-1] > 0.3
+    assert {row["bits_per_dim"] for row in rows} == {written["best_validation_bits_per_dim"]}
     (picture,) = (tmp_path / "r" / "samples").iterdir()
     assert Image.open(picture).size[0] > 600
 
-    result = json.loads(run("evaluate", "r", "--json", "-", "--scores", "s.csv").out)
+    result = json.loads(run("evaluate", "r", "--json", "-").out)
     assert result["levels"] is None and result["bits_per_dim"] is None
     assert result["num_images"] == 300 and result["nats_per_image"] < 1.5
     assert result["max_reconstruction_error"] < 1e-4
-    index, bits, *nats = (tmp_path / "s.csv").read_text().splitlines()[1].split(",")[:5]
-    total, *terms = map(float, nats)
-    assert (index, bits) == ("0", "") and sum(terms) == pytest.approx(total)
     # Other points have their own options.
     other = json.loads(run("evaluate", "r", "--data", "eight_gaussians", "--json", "-").out)
     assert other["num_images"] == 10_000
@@ -140,10 +133,6 @@ def test_commands_on_points(tmp_path):
         run(command, "r", "--out", name)
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 500 and getattr(picture, "n_frames", 1) in (1, 14)
-    assert "parameters: " in run("train", *RUN, "--dry-run").out
-    short = sets(data__validation=0, train__num_steps=2, train__sample_every=1)
-    run("train", *RUN, *short, "--run-dir", "short")
-    assert len(list((tmp_path / "short" / "samples").iterdir())) == 2
 
 
 OWN_DATA = """
@@ -163,6 +152,7 @@ def test_data_of_ones_own_without_a_picture(dims, tmp_path):
     (tmp_path / "own" / "points.py").write_text(OWN_DATA)
     options = [*sets(data__name="own.points", data__dims=dims), *MODEL]
     options += sets(train__num_steps=2, train__batch_size=8, train__sample_every=1)
+    options += sets(data__validation=0)  # so no loss is measured on the way
     done = quick("train", *options, "--run-dir", "r", cwd=tmp_path).ok()
     assert done.out.count("no picture of samples") == 2 and summary(tmp_path / "r")["finished"]
     quick("sample", "r", "--trust-code", cwd=tmp_path).failed(2, "only .npz files")

@@ -175,12 +175,6 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
     assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long())
 
 
-def test_labels_that_do_not_fit(tmp_path):
-    config = a_config({"name": "glow", "classes": 2}, data=labelled(tmp_path / "a.npz"))
-    with pytest.raises(UserError, match="model.classes: 2, but npz has the labels 0..2"):
-        Batches(DataSet(config.data), config, 7, CPU)
-
-
 def test_bounds_by_class_are_those_of_the_draws():
     flow = conditional().eval().requires_grad_(False)
     scores = score(flow, Split(images(9, SHAPE).numpy(), np.arange(9)), draws=2, batch_size=4)

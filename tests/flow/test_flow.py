@@ -10,7 +10,6 @@ from catalogue import TINY
 from helpers import images, seeded, tiny_flow
 
 from flowtrain.bijections import ActNorm
-from flowtrain.bijections.base import DataDependentInit
 from flowtrain.bijections.execution import LayerByLayer
 from flowtrain.flow.dequantize import draw_noise
 
@@ -132,15 +131,6 @@ def test_samples(model):
     assert ("sequential" in lines[2]) == flow.bijection.inverse_is_sequential
 
 
-@pytest.mark.parametrize("classes, labels", [(0, None), (3, torch.tensor([2, 0, 1]))])
-def test_samples_with_their_log_prob(classes, labels):
-    flow = tiny_flow("glow", classes=classes)
-    x, log_prob = flow.sample_with_log_prob(3, 0.7, seeded(1), labels)
-    random = seeded(1)
-    assert torch.equal(x, flow.sample(3, 0.7, random, labels))
-    assert torch.equal(log_prob, flow.log_prob(x, random, labels)) and not log_prob.requires_grad
-
-
 @pytest.mark.parametrize("model", [*sorted(TINY.keys() - {"causal", "cnf"}), CNF])  # with ActNorm
 def test_initialize_sets_each_layer_from_its_own_input(model):
     flow = tiny_flow(model, **({"initialization": "whitening"} if model == "glow" else {}))
@@ -158,20 +148,6 @@ def test_initialize_sets_each_layer_from_its_own_input(model):
     for values in seen:
         assert values.mean(0).abs().max() < 1e-3
         assert (values.std(0, correction=0) - 1).abs().max() < 1e-2
-
-
-@every_model
-def test_an_uninitialized_model_raises(model):
-    flow = tiny_flow(model)
-    x = images(3, flow.shape)
-    z = flow.encode(x)
-    for layer in flow.modules():
-        if isinstance(layer, DataDependentInit):
-            layer.initialized.fill_(False)
-    flow.load_state_dict(flow.state_dict())
-    for use, argument in ((flow.log_prob, x), (flow.encode, x), (flow.decode, z), (flow.sample, 1)):
-        with pytest.raises(RuntimeError, match="not initialized"):
-            use(argument)
 
 
 def every_image(flow):

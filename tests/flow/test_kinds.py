@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import seeded
 
-from flowtrain.errors import UserError
 from flowtrain.flow.kinds import NoisyImages, Points, QuantizedImages, SurfacePoints, kind_of
 
 IMAGES, NOISY, POINTS = kind_of(16), kind_of(16, sigma=0.1), kind_of(None)
@@ -41,16 +40,11 @@ def test_scores_of_images_are_in_the_unit():
     assert NOISY.in_unit(np.array([3.0]))[0] == pytest.approx(3 * LN2)
 
 
-def test_faults_and_levels():
+def test_faults():
     assert kind_of(17).fault(np.array([16])) is None
     assert kind_of(17).fault(np.array([0, 17])) == "a value of 17, expected 0..16"
     assert POINTS.fault(np.array([1e9])) is None
     assert POINTS.fault(np.array([0, np.nan])) == "a value that is not finite"
-    kind = kind_of(32)
-    assert (kind.words, kind.scale, kind.npz()) == ("32 levels", 32, {"levels": 32})
-    assert POINTS.words == "real values" and IMAGES.require_bins("unused") == 16
-    with pytest.raises(UserError, match="no images"):
-        POINTS.require_bins("no images")
 
 
 def test_random_examples():

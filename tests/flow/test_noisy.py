@@ -98,13 +98,6 @@ def test_the_density_is_that_of_noisy_images_in_0_to_1():
     torch.testing.assert_close(flow.loss(expected), -expected / 4)
 
 
-def test_it_has_no_bits():
-    flow = gaussian()
-    with pytest.raises(ValueError, match="no bits per dimension: use log_prob"):
-        flow.bits_per_dim(images(5, SHAPE))
-    assert "a density of noisy images, in nats/dim" in str(flow) and not flow.exact
-
-
 def test_the_noise_is_finite_and_images_come_back():
     dequantizer = GaussianDequantizer(17, 0.1)
     x = torch.full((4, 1, 1, 1), 3)

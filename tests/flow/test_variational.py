@@ -143,12 +143,3 @@ def test_memory_modes_give_the_same_gradients_and_bf16_reaches_networks_only(mod
     names = [name for name in stored if "noise_model" in name]
     both = [torch.cat([g[name].flatten().double() for name in names]) for g in (found, stored)]
     assert torch.cosine_similarity(*both, dim=0) > 0.99
-
-
-def test_decoding_and_sampling_do_without_it():
-    flow = variational_flow(q=17)
-    expected = flow.sample(3, generator=seeded())
-    flow.dequantizer.noise_model = None
-    x = images(9, flow.shape, 17)
-    assert torch.equal(flow.sample(3, generator=seeded()), expected)
-    assert torch.equal(flow.decode(flow.encode(x)), x)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from catalogue import SPHERE, TINY, TORUS
-from helpers import a_config, images, perturb, seeded, tiny_flow
+from helpers import a_config, images, seeded, tiny_flow
 
 from flowtrain import bijections as b
 from flowtrain import config as configuration
@@ -89,7 +89,6 @@ def test_the_size_is_that_of_the_paper(build, shape, options, expected):
         (glow, (1, 8, 8), "levels=4", "squeezed 3 times (8 -> 4 -> 2 -> 1); levels: 4 needs a"),
         (glow, (3, 30, 32), "levels=2", "30x32 can be squeezed once (30x32 -> 15x16); levels: 2"),
         (glow, (1, 7, 7), "levels=1", "7x7 cannot be squeezed; levels: 1 needs a multiple of 2"),
-        (glow, (1, 2, 8), "levels=2", "2x8 can be squeezed once (2x8 -> 1x4); levels: 2 needs a"),
         (glow, (1, 8, 8), "steps=[3,4]", "model.steps: [3, 4] has 2 numbers, for 3 levels"),
         (glow, (1, 8, 8), "width=[3,4]", "model.width: [3, 4] has 2 numbers, for 3 levels"),
         (realnvp, (1, 28, 28), "levels=4", "twice (28 -> 14 -> 7); levels: 4 needs a multiple"),
@@ -109,20 +108,6 @@ def test_the_size_is_that_of_the_paper(build, shape, options, expected):
 def test_impossible_geometry(model, shape, options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         model.build(shape, **given(options))
-
-
-@pytest.mark.parametrize(
-    "name, shape, options",
-    [
-        ("maf", (1, 1, 1), {}),
-        pytest.param("cnf", (1, 1, 1), {}, marks=pytest.mark.run),
-        ("causal", (1, 1, 1), {}),
-        ("causal", (1, 4, 6), {"orders": 4}),
-    ],
-)
-def test_possible_geometry(name, shape, options):
-    flow = tiny_flow(name, shape, **options)
-    assert flow.bits_per_dim(images(8, flow.shape)).isfinite().all()
 
 
 @pytest.mark.parametrize("split", ["channel", "checkerboard", "mixed"])
@@ -173,14 +158,6 @@ def test_weights_and_permutations_are_a_function_of_the_seed(model, noise, part)
     assert torch.equal(torch.get_rng_state(), state)
     assert first == built(3) != built(4)
     assert list(first.values())[0] != list(first.values())[1]
-
-
-def test_realnvp_of_vectors_may_have_no_hidden_layers():
-    config = a_config({"name": "realnvp", "levels": 1, "blocks": 0})
-    flow = perturb(build_flow(config, (2, 1, 1), None))
-    x = torch.randn(64, 2, 1, 1, generator=seeded())
-    initialize(flow, x, torch.zeros_like(x))
-    torch.testing.assert_close(flow.decode(flow.encode(x)), x)
 
 
 # {(model, transform, options): losses of five steps}, on fixed data, noise, weights and rates: in
