@@ -1,6 +1,7 @@
 """CONTRIBUTING.md and docs/reliability.md name files and tests that exist; each tool has a page."""
 
 import re
+import tomllib
 
 from helpers import REPOSITORY
 
@@ -33,3 +34,9 @@ def test_every_tool_has_a_page_and_tests():
         tool = command.parent.name
         assert (REPOSITORY / "docs" / f"{tool}.md").exists(), f"docs/{tool}.md is missing"
         assert (REPOSITORY / "tests" / "tools" / tool).is_dir(), f"tests/tools/{tool}/ is missing"
+
+
+def test_the_source_distribution_leaves_nothing_out():
+    """hatchling takes all that git does not ignore, unless a list says otherwise."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["hatch"]["build"]["targets"].keys() == {"wheel"}

@@ -2,10 +2,14 @@
 
 import re
 
+import pytest
+import torch
 from helpers import REPOSITORY
 
 from flowtrain.checkpoints import zoo
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config, headline
+from flowtrain.config import load_config
 
 
 def page(name):
@@ -15,12 +19,35 @@ def page(name):
 README, RESULTS = page("README.md"), page("docs/results.md")
 MEASURED = RESULTS[RESULTS.index("## Configurations") : RESULTS.index("not been measured yet")]
 NUMBER = r"-?\d+\.\d+"
+SHAPES = {"digits": ((1, 8, 8), 17), "mnist": ((1, 28, 28), 256), "cifar10": ((3, 32, 32), 256)}
+SHAPES |= {"sphere": ((3, 1, 1), None)}  # all others in the table are points of the plane
 
 
 def is_rounded(value, text):
     """Whether a figure is a value in as many digits as are written."""
     half = 0.5 * 10 ** -len(text.partition(".")[2])
     return abs(value - float(text)) <= half * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "path, pattern, unit",
+    [
+        ("docs/explore.md", r"^\| `(\w+)` \(([\d.]+) M\)", 1e6),
+        ("docs/results.md", r"`(\w+)\.yaml` has ([\d.]+) M parameters", 1e6),
+        ("docs/gallery.md", r"^\| `(\w+)\.yaml` \|[^|]*\|[^|]*\| ([\d,]+) \|", 1),
+    ],
+)
+@pytest.mark.run  # takes long
+def test_parameters(path, pattern, unit):
+    rows = re.findall(pattern, page(path), re.MULTILINE)
+    assert rows
+    for name, text in rows:
+        config = load_config(find_config(name))
+        shape, levels = SHAPES.get(config.data.name, ((2, 1, 1), None))
+        with torch.device("meta"):
+            flow = build_flow(config, shape, levels)
+        count = sum(p.numel() for p in flow.parameters())
+        assert is_rounded(count / unit, text.replace(",", "")), (name, count, text)
 
 
 def test_figures_of_the_readme():
@@ -51,3 +78,13 @@ def test_figures_of_configurations():
         assert is_rounded(float(figure), stated or "0"), (
             f"{name}.yaml states {stated}, not {figure}"
         )
+
+
+def test_kills():
+    """Those since the last change of the writing code."""
+    rows = re.findall(
+        r"^\| (.*\bkills?\b.*) \| (\d+) \| (\d+) \|$", page("docs/reliability.md"), re.M
+    )
+    now = [(int(kills), int(kept)) for what, kills, kept in rows if "before" not in what]
+    assert all(kills == kept for kills, kept in now)
+    assert f"{sum(kills for kills, _ in now)} kills, none lost" in README

@@ -3,10 +3,15 @@
 import dataclasses
 import json
 import sys
+import warnings
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import REPOSITORY
+from run_files import SUMMARY, TEST
+from torch.autograd import DeviceType
 
 from flowtrain.cli.configs import find_config
 
@@ -82,6 +87,35 @@ def test_it_continues_where_it_was(session, capsys):
     assert "waits-glow: " not in capsys.readouterr().out
 
 
+def test_the_rest_of_the_time_is_for_a_training_run(session, monkeypatch):
+    given = []
+    monkeypatch.setattr(session_module, "measure_apart", lambda *words: given.append(words))
+    words = [*words_for(session), "--minutes", "10", "--train-minutes", "11"]
+    session_module.main(words)  # so no time is left for the others
+    ((_, part, passed),) = given
+    assert part.name == "training" and 470 < float(passed[-1]) <= 480 < part.limit
+
+
+def test_the_training_run_is_two_commands(session, monkeypatch):
+    commands = []
+
+    def run(command, cwd, check):
+        commands.append(command[1:])
+        folder = session.out / "training"
+        folder.mkdir(exist_ok=True)
+        (folder / "result.json").write_text(json.dumps(TEST | {"bits_per_dim": 3.1}))
+        (folder / "summary.json").write_text(json.dumps(SUMMARY))
+
+    monkeypatch.setattr(session_module.subprocess, "run", run)
+    with_data = dataclasses.replace(session, data=["data.name=npz"])
+    part = Part("training", 1, lambda s: session_module.measure_run(s, 99.7))
+    session_module.measure(with_data, part)
+    train, evaluate = commands
+    assert train[:5] == ["-m", "flowtrain", "train", "--config", "glow_digits.yaml"]
+    assert {"train.budget=100s", "data.name=npz"} <= set(train) and evaluate[2] == "evaluate"
+    assert "| 3.1 |" in session_module.report(session)
+
+
 @pytest.mark.parametrize(
     "speed, message",
     [(1499.0, "149.9 TFLOP/s, and at least 150 are"), (None, "out of memory"), (1500.0, None)],
@@ -109,6 +143,14 @@ def test_nothing_else_is_measured_if_the_first_minutes_are_slow(
         assert measured == ["first-causal_cifar"]
 
 
+def test_precision_compiling_and_graphs_are_varied():
+    names = [part.name for part in session_module.variants("glow", 64)]
+    assert names == [
+        f"step-glow-store-64-{words}"
+        for words in ["fp32", "off-true", "layers-false", "layers-true", "step-false", "step-true"]
+    ]
+
+
 def test_the_full_plan_has_the_models_of_the_repository(tmp_path):
     full = Session(session_module.FULL, torch.device("cpu"), tmp_path)
     small = dataclasses.replace(full, plan=dataclasses.replace(full.plan, images=8))
@@ -121,6 +163,28 @@ def test_the_full_plan_has_the_models_of_the_repository(tmp_path):
     assert find_config(full.plan.training).parent.name == "gpu"
 
 
-def test_the_time_that_kernels_cover():
+def test_where_the_host_waits(monkeypatch):
+    modes, waits = [], Counter()
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with session_module.noting_waits(waits):
+        for line in (7, 7, 9):
+            warnings.warn_explicit(
+                "called a synchronizing CUDA operation", UserWarning, "a.py", line
+            )
+        warnings.warn_explicit("something else", UserWarning, "a.py", 7)
+    assert modes == ["warn", "default"] and waits == {"a.py:7": 2, "a.py:9": 1}
+    assert session_module.waits_in_words({"a.py:7": 0.5, "a.py:9": 1.0}) == "a.py:7: 0.5, a.py:9: 1"
+    assert session_module.waits_in_words({}) == "none"
+
+
+def test_kernels_and_the_time_that_they_cover():
+    def event(name, device, named=False):
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=named)
+
+    operator, kernel = event("aten::mul", DeviceType.CPU), event("gemm", DeviceType.CUDA)
+    on_both = [event("Optimizer.step", d, True) for d in (DeviceType.CPU, DeviceType.CUDA)]
+    events = [operator, kernel, event("cudaLaunchKernel", DeviceType.CPU), *on_both]
+    assert [each for each in events if session_module.counts(each, on_cpu=True)] == [operator]
+    assert [each for each in events if session_module.counts(each, on_cpu=False)] == [kernel]
     assert session_module.covered([]) == 0
     assert session_module.covered([(0, 2), (1, 3), (1.5, 2), (5, 6)]) == 4

@@ -1,5 +1,6 @@
-"""The notebooks run, and have the outputs of their code."""
+"""The notebooks run, have the outputs of their code, and use public names only."""
 
+import ast
 import json
 import re
 import runpy
@@ -40,6 +41,28 @@ def test_it_is_small_and_has_its_outputs(name):
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     shown = re.findall(r"^(show\(|Image\()", "\n".join(code(name)), re.MULTILINE)
     assert len(pictures) == len(shown)
+
+
+@each_notebook
+def test_it_uses_public_names_that_exist(name):
+    for source in code(name):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:  # a module, or a name in one
+                    exec(f"from {node.module} import {alias.name}")
+            named = [str(getattr(node, key, "")) for key in ("id", "attr", "name")]
+            assert [each for each in named if re.match(r"_[^_]", each)] == []
+
+
+@each_notebook
+def test_it_reads_well_and_leads_to_pages_that_exist(name):
+    text = "\n".join("".join(cell["source"]) for cell in cells(name, "markdown"))
+    lines = "\n".join([text, *code(name)]).splitlines()
+    assert [line for line in lines if len(line) > 104] == []
+    links = [x for x in re.findall(r"\]\(([^)#]+)", text) if not x.startswith("https://arxiv.org/")]
+    assert len(links) > 3
+    assert [x for x in links if not (path_of(name).parent / x).is_file()] == []
+    assert "/home/" not in path_of(name).read_text() and "http" not in "\n".join(code(name))
 
 
 def test_a_flow_from_scratch_is_150_lines_of_torch():
