@@ -6,6 +6,7 @@ command that is there.
 """
 
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -21,7 +22,11 @@ from PIL import Image
 
 from flowtrain.checkpoints.load import load_model
 from flowtrain.cli import base
+from flowtrain.cli.configs import find_config
+from flowtrain.config import load_config
+from flowtrain.errors import UserError
 from flowtrain.latents import files
+from flowtrain.tools.sweep.plan import begin, planned
 
 pytestmark = pytest.mark.run
 
@@ -58,6 +63,9 @@ def make(here: Path) -> None:
     for name, text in texts.items():
         (here / name).write_text(text)
     (here / "good.fta").write_bytes(stored())
+    plan = planned({"rows": ["none"], "images": 8}, load_config(find_config("glow_digits")), "")
+    begin(here / "a_sweep", plan)
+    np.savez(here / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
     model = load_model(str(run), torch.device("cpu"))
     latents = files.Latents(torch.zeros(1, model.flow.latent_dims), ["a.png"])
     (here / "z.npz").write_bytes(files.npz(latents, model))
@@ -192,7 +200,10 @@ TABLE = [
     ("explore run --set data.name=npz --set data.path=large.npz", "(1, 16, 16) with 256 levels"),
     ("explore run --no-browser --host 192.0.2.1", "--host 192.0.2.1", "no server can listen"),
     ("doctor run --set data.name=npz --set data.path=colour.npz", "shape (3, 8, 8)"),
+    ("ood run --data constant --in noise", "--in noise: neither a data set"),
     ("ood points --data noise", "is one of real values"),
+    ("quality run --against nan.npz", "nan.npz: the statistics are not finite"),
+    ("sweep --try none --images 9 --out a_sweep", "--out a_sweep: another sweep, whose data.root"),
     ("ood run", "IMAGES: give a folder, an image file or a name"),
     ("ood run noise --false-positives 1:100", "'--false-positives': 1:100", "such as 1% or 0.01"),
     ("ood run noise --maps text", "--maps text: ", "text is not a folder"),
@@ -329,3 +340,24 @@ def test_a_name_that_is_no_text(tmp_path):
     copy_of(trained()["glow"], tmp_path / name)
     done = quick("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
     assert "bad\\udcff" in done.out
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("model.width=[8,-1]", "model.width"),
+        ("model.bins=300", "less than or equal to 256"),
+        ("model.context=blue", "'none', 'downsample' or 'grey'"),
+        ("model.context_factor=3", "2 or 4"),
+        ("model.label_dropout=1", "less than 1"),
+        ("dequantization.sigma=0", "greater than 0"),
+        ("dequantization.sigma=1.5", "less than or equal to 1"),
+        ("train.ema=-.inf", "finite"),
+        ("train.budget=nan", "a duration"),
+        ("train.budget=1e400h", "finite"),
+        ("train.logger=3", "a valid list"),
+    ],
+)
+def test_a_setting_out_of_its_range(setting, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_config(find_config("glow_digits"), [setting])
