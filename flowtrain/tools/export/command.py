@@ -7,11 +7,12 @@ import typer
 
 from flowtrain.cli.base import (
     ModelArgument,
-    SetOption,
+    SettingOptions,
     TrustOption,
     WeightsOption,
     command,
     data_of,
+    is_setting,
     load,
     on_one_process,
     require_folder,
@@ -57,8 +58,9 @@ def export(
         ),
     ] = None,
     weights: WeightsOption = None,
-    overrides: SetOption = None,
     trust_code: TrustOption = False,
+    *,
+    options: SettingOptions,
 ) -> None:
     """Write a model as graphs for other programs: log_prob, encode and decode.
 
@@ -75,12 +77,15 @@ def export(
         raise UserError(f"--opset {opset}: it is for --to onnx")
     if out is not None:
         require_folder(out, out)
+    settings = options.words()
+    if model is not None and is_setting(model):
+        settings, model = [*settings, model], None
     loaded = load(model, "cpu", weights, trust_code)
     folder = out or run_of(loaded.checkpoint.path) / "export"
     require_folder(folder, folder)
     names = [f"{name}{SUFFIX[to]}" for name in ("log_prob", "encode", "decode")]
     require_absent([exporting.FACTS, *names], folder)
-    images = _test_images(loaded, overrides, exporting.IMAGES)
+    images = _test_images(loaded, settings, exporting.IMAGES)
     files = exporting.export(
         loaded, to, images, opset or OLDEST, lambda said: console.print(str(said))
     )
@@ -89,7 +94,7 @@ def export(
         console.print(f"wrote {folder / name}, {len(content) / 2**20:,.1f} MiB")
 
 
-def _test_images(loaded: "LoadedModel", settings: list[str] | None, count: int) -> "Tensor | None":
+def _test_images(loaded: "LoadedModel", settings: list[str], count: int) -> "Tensor | None":
     """Test images of the model's data, or None if they are not there and nothing names them."""
     try:
         data = data_of(loaded, settings)
