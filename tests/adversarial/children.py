@@ -32,7 +32,7 @@ class Outcome:
     out: str
     err: str
     seconds: float  # of computing, not of waiting for other processes
-    peak: float  # MiB of memory at the peak, with what it shares with this process
+    peak: float  # MiB of memory at the peak, beyond what this process holds
 
 
 def prepare() -> None:
@@ -59,13 +59,16 @@ def run(
         file.unlink(missing_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
+    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    held = (resident - shared) * resource.getpagesize()  # a fork begins without pages of files
     child = os.fork()
     if child == 0:
         _become(words, folder, files, seconds, memory, before)
     _, status, used = os.wait4(child, 0)
     out, err = (file.read_text(errors="replace") for file in files)
     code = os.waitstatus_to_exitcode(status)
-    return Outcome(code, out, err, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    peak = (used.ru_maxrss * 1024 - held) / MIB
+    return Outcome(code, out, err, used.ru_utime + used.ru_stime, peak)
 
 
 def _become(words, folder, files, seconds, memory, before) -> None:
