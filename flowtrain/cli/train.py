@@ -152,6 +152,7 @@ def train(
     configuration for it, for the time in --budget and the purpose in --for.
     """
     from flowtrain import config as configuration
+    from flowtrain.system.device import mention_slow_bf16
 
     if extend and resume != "auto":
         raise UserError(
@@ -177,6 +178,7 @@ def train(
         path = configfiles.find_config(config or configfiles.DEMO)
         run_dir = run_dir or Path("runs") / path.stem
         loaded = configuration.load_config(path, words)
+    mention_slow_bf16(loaded.train.precision, target)
     if dry_run:
         from flowtrain.training.dry_run import dry_run as run_dry
 

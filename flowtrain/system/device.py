@@ -137,6 +137,16 @@ def machine(device: torch.device) -> str:
     return f"{name} ({', '.join(wide)})" if wide else name
 
 
+def mention_slow_bf16(precision: str, device: torch.device) -> None:
+    """Prints a line if an x86 processor computes in bf16 but has no instructions for it."""
+    name = machine(device)
+    if device.type == "cpu" and precision == "bf16" and "avx2" in name and "bf16" not in name:
+        console.print(
+            "train.precision=bf16: this processor has no instructions for it, so steps may take "
+            "many times as long as with train.precision=fp32"
+        )
+
+
 def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> None:
     """Prints a line if other GPUs stay unused, with the command that uses all of them. `name` is
     the value of `--device`: a device with a number was chosen. `words` are the arguments of this

@@ -124,6 +124,21 @@ def test_the_name_of_a_processor(cpuinfo, name, monkeypatch):
     assert devices.machine(torch.device("cpu")) == name
 
 
+@pytest.mark.parametrize(
+    "flags, precision, slow",
+    [
+        ("avx2 avx512f", "bf16", True),
+        ("avx2", "fp32", False),
+        ("avx2 avx512_bf16", "bf16", False),
+        ("", "bf16", False),  # not x86, or an old one
+    ],
+)
+def test_bf16_without_instructions_is_mentioned(flags, precision, slow, monkeypatch, capsys):
+    monkeypatch.setattr(devices.Path, "read_text", lambda path: f"flags\t\t: sse {flags}\n")
+    devices.mention_slow_bf16(precision, torch.device("cpu"))
+    assert ("train.precision=fp32" in capsys.readouterr().out) is slow
+
+
 def test_apples_gpu_is_waited_for(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
