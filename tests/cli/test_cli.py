@@ -1,5 +1,6 @@
 """The commands of the core, from the outside: what they print, what they write, how they end."""
 
+import csv
 import io
 import json
 import math
@@ -12,7 +13,7 @@ import torch
 import yaml
 from catalogue import SHORT, SMALL, TINY_RUN, WORDS, sets
 from cli_helpers import copy_of, events, last, metrics, quick, result, start, summary, trained, tree
-from helpers import npz
+from helpers import SHARED, npz, shared
 from PIL import Image
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -33,6 +34,7 @@ DIGITS = {"test": 180, "validation": 162, "train": 1455}  # images
 
 @pytest.fixture
 def run(tmp_path):
+    """A copy of a finished run, in `runs/` of the current folder."""
     return copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
 
 
@@ -48,14 +50,18 @@ def evaluated(*args, cwd):
     return json.loads(done.out)
 
 
-def cells(picture, rows, columns):
-    """The 8x8 images in a grid, (rows, columns, 8, 8) with values 0..255, not enlarged."""
-    pixels = np.asarray(picture.convert("L"))
-    factor = max(4, -(-100 // columns))
-    side = 8 * factor
-    assert pixels.shape == (rows * (side + 2) + 2, columns * (side + 2) + 2)
-    cut = pixels[2:, 2:].reshape(rows, side + 2, columns, side + 2).swapaxes(1, 2)
-    return cut[:, :, :side:factor, :side:factor]
+def cells(picture, rows, columns, shape=(8, 8), channels=1):
+    """The images in a grid, (rows, columns, H, W[, 3]) with values 0..255, not enlarged."""
+    pixels = np.asarray(picture.convert("RGB"))
+    factor = max(-(-32 // min(shape)), -(-800 // (columns * shape[1])))
+    height, width = shape[0] * factor, shape[1] * factor
+    assert pixels.shape == (rows * (height + 2) + 2, columns * (width + 2) + 2, 3)
+    cut = pixels[2:, 2:].reshape(rows, height + 2, columns, width + 2, 3).swapaxes(1, 2)
+    cut = cut[:, :, :height:factor, :width:factor]
+    return cut[..., 0] if channels == 1 else cut
+
+
+# --- help, version, names -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -96,6 +102,9 @@ def test_the_shell_completes_names(shell, words, found, other, tmp_path):
     assert found in done.out and other not in done.out
 
 
+# --- train ----------------------------------------------------------------------------------------
+
+
 def test_what_train_prints(tmp_path):
     run = tmp_path / "runs" / "glow_digits"  # runs/<config name>
     done = quick("train", *TINY_RUN, cwd=tmp_path).ok()
@@ -107,6 +116,8 @@ def test_what_train_prints(tmp_path):
     ):
         assert words in done.out, words
     assert done.err == ""
+    again = quick("train", *TINY_RUN, cwd=tmp_path).ok()
+    assert "runs/glow_digits is finished (step 20)" in again.out
     assert metrics(run, timeless=True) == metrics(trained()["glow"], timeless=True)
 
 
@@ -143,6 +154,15 @@ def test_files_of_a_run(name):
 def test_tensorboard():
     run = trained()["glow"]
     seen = events(run)
+    keys = {
+        "train": ["bits_per_dim", "lr", "grad_norm", "images_per_second"],
+        "validation": ["bits_per_dim"],
+    }
+    for split, key in [(name, key) for name in keys for key in keys[name]]:
+        logged = [(r["step"], r[key]) for r in metrics(run) if r["split"] == split]
+        scalars = seen.Scalars(f"{split}/{key}")
+        assert [s.step for s in scalars] == [step for step, _ in logged]
+        assert [s.value for s in scalars] == pytest.approx([value for _, value in logged])
     pictures = seen.Images("samples")
     assert [p.step for p in pictures] == [10, 20]
     drawn = Image.open(run / "samples" / "step-00000020.png")
@@ -217,6 +237,9 @@ def test_dry_run(tmp_path):
     assert "speed: not measured, because train.cuda_graph needs a CUDA device" in out
 
 
+# --- evaluate, info, list -------------------------------------------------------------------------
+
+
 def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
     done = quick("evaluate", "--scores", "new/scores.csv", cwd=tmp_path).ok()
     written = json.loads((run / "evaluate-test.json").read_text())
@@ -225,8 +248,15 @@ def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
     headline, *table = done.out[done.out.index(f"{value:.3f}") :].splitlines()
     assert headline == f"{value:.3f} +- {error:.3f} bits/dim (180 test images)"
     assert "likelihood" in "".join(table) and "None" not in done.out
-    assert written["step"] == summary(run)["best_step"] and written["weights"] == "ema"
-    assert (tmp_path / "new" / "scores.csv").exists()
+    expected = {"bound": "elbo", "draws": 1, "num_images": 180, "dims": 64, "levels": 17}
+    expected |= {"split": "test", "dataset": "digits", "weights": "ema", "non_finite_images": 0}
+    expected |= {"step": summary(run)["best_step"]}
+    assert {key: written[key] for key in expected} == expected
+    assert 3 < value == pytest.approx(written["nats_per_image"] / (64 * math.log(2)))
+    assert 0 < written["max_reconstruction_error"] < 0.01
+    rows = list(csv.DictReader((tmp_path / "new" / "scores.csv").open()))
+    assert list(rows[0]) == ["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"]
+    assert np.mean([float(row["bits_per_dim"]) for row in rows]) == pytest.approx(value, abs=1e-12)
     done = quick("evaluate", "--draws", 2, cwd=tmp_path).ok()
     assert "wrote runs/glow_digits/evaluate-2-draws-test.json" in done.out
     assert json.loads((run / "evaluate-test.json").read_text()) == written
@@ -239,12 +269,14 @@ def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
 
 
 def test_options_of_evaluate(run, tmp_path):
+    """Each reaches the function."""
     model = load_model(str(run), torch.device("cpu"), "raw")
     options = {"num_images": 10, "draws": 2, "seed": 1, "batch_size": 7}
     expected, _ = evaluate(model, digits(), "train", **options)
     words = ["--num-images", 10, "--draws", 2, "--seed", 1, "--batch-size", 7, "--weights", "raw"]
     found = evaluated(*words, "--split", "train", cwd=tmp_path)
     assert found == {**expected.content(), "checkpoint": found["checkpoint"]}
+    assert (found["bound"], found["draws"], found["num_images"]) == ("iwbo", 2, 10)
     # The images and the noise that training saw, and data that have moved.
     validation = evaluated("--split", "validation", *sets(data__root="elsewhere"), cwd=tmp_path)
     best = summary(run)["best_validation_bits_per_dim"]
@@ -295,6 +327,21 @@ def test_a_model_of_ones_own(tmp_path):
     assert " finished |" in quick("sweep", *row, cwd=tmp_path).ok().out
 
 
+def test_the_newest_run_is_the_default(run, tmp_path):
+    other = copy_of(trained()["nice"], tmp_path / "runs" / "a_later_one")
+    few = ["--num-images", 2]
+    last(other).touch()
+    assert evaluated(*few, cwd=tmp_path)["checkpoint"].startswith("runs/a_later_one/")
+    last(run).touch()
+    checkpoints = "runs/glow_digits/checkpoints"
+    assert evaluated(*few, cwd=tmp_path)["checkpoint"] == f"{checkpoints}/best.safetensors"
+    (run / "checkpoints" / "best.safetensors").unlink()
+    assert evaluated(*few, cwd=tmp_path)["checkpoint"] == f"{checkpoints}/last.safetensors"
+
+
+# --- sample ---------------------------------------------------------------------------------------
+
+
 def drawn(*args, cwd):
     quick("sample", *args, "--out", "s.npz", cwd=cwd).ok()
     with np.load(cwd / "s.npz") as file:
@@ -313,8 +360,6 @@ def test_samples_depend_on_the_seed_alone(run, tmp_path):
     values = drawn(*two, cwd=tmp_path)
     assert np.array_equal(values["images"][3:], many[:3]) and values["seed"] == 0
     assert values["temperature"].tolist() == [0.5] * 3 + [1.0] * 3
-    quick("sample", *two, cwd=tmp_path).ok()
-    assert Image.open(run / "sample.png").size == (824, 2 * (276 + grid.LINE))  # a title each
     quick("sample", "--num-images", 1, "--out", "new/one.png", cwd=tmp_path).ok()
     assert Image.open(tmp_path / "new" / "one.png").size == (32, 32)  # without a frame
 
@@ -325,12 +370,26 @@ def test_grids_of_any_number(args, rows, columns, run, tmp_path):
     cells(Image.open(run / "sample.png"), rows, columns)
 
 
+def test_each_temperature_has_a_row(run, tmp_path):
+    """The first is the mode of the base, three times."""
+    words = ["--num-images", 3, "--temperature", 0, "--temperature", 0.7]
+    quick("sample", *words, cwd=tmp_path).ok()
+    pixels = np.asarray(Image.open(run / "sample.png"))[grid.LINE :, :, 0]
+    assert pixels.shape == (276 + grid.LINE + 276, 824)  # 3 images of 8x8, enlarged 34 times
+    for top, equal in ((2, True), (278 + grid.LINE, False)):
+        one, two = (pixels[top : top + 272, left : left + 272] for left in (2, 276))
+        assert np.array_equal(one, two) == equal
+
+
 def test_stages_are_a_row_for_each_image_and_each_sample(run, tmp_path):
     done = quick("sample", "--stages", "--num-images", 3, cwd=tmp_path).ok()
     assert "stages.png: 3 test images become noise" in done.out
     images = cells(Image.open(run / "stages.png"), 6, 9)
     samples = drawn("--num-images", 3, cwd=tmp_path)["images"][..., 0].astype(int)
     assert np.array_equal(images[3:, 8], samples * 255 // 16)
+
+
+# --- interpolate ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -366,6 +425,7 @@ def test_a_grid_in_the_run_and_an_animation(run, tmp_path):
 
 
 def test_own_image_files(tmp_path):
+    """One of another size with 16 bits, and one of known pixels."""
     exact = (np.arange(64).reshape(8, 8) % 17 * 15).astype(np.uint8)
     Image.fromarray(exact).save(tmp_path / "exact.png")
     Image.fromarray(np.full((20, 30), 40_000, np.uint16)).save(tmp_path / "deep.png")
@@ -374,3 +434,68 @@ def test_own_image_files(tmp_path):
     first, _, end = cells(Image.open(tmp_path / "a.png"), 1, 3)[0]
     assert np.array_equal(end, np.round(exact / 255 * 16).astype(int) * 255 // 16)
     assert (first == round(40_000 / 257 / 255 * 16) * 255 // 16).all()
+
+
+# --- from Python ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_flow_from_python(name):
+    flow = package.load(str(trained()[name]))
+    x = torch.cat([digits().split(each).take(slice(None)) for each in ("test", "train")])
+    assert torch.equal(flow.decode(flow.encode(x)), x)  # exactly, for every image
+    noise = [torch.Generator().manual_seed(0) for _ in range(3)]
+    log_prob = flow.log_prob(x[:7], generator=noise[0])
+    assert log_prob.shape == (7,) and not log_prob.requires_grad
+    torch.testing.assert_close(flow.log_prob(x[:3], generator=noise[1]), log_prob[:3])
+    bits = flow.bits_per_dim(x[:7], generator=noise[2])
+    torch.testing.assert_close(bits, -log_prob / (64 * math.log(2)))
+    seeded = [flow.sample(n, 0.8, torch.Generator().manual_seed(1)) for n in (5, 2)]
+    assert seeded[0].shape == (5, 1, 8, 8) and seeded[0].dtype == torch.uint8
+    assert torch.equal(seeded[0][:2], seeded[1])
+
+
+def test_load_takes_a_file_and_weights():
+    run = trained()["glow"]
+    flows = [package.load(str(last(run)), weights=weights) for weights in (None, "ema", "raw")]
+    parameters = [torch.cat([p.flatten() for p in flow.parameters()]) for flow in flows]
+    assert torch.equal(parameters[0], parameters[1])
+    assert not torch.equal(parameters[1], parameters[2])
+    with pytest.raises(package.errors.UserError, match="no such checkpoint"):
+        package.load("not there")
+
+
+# --- real images ----------------------------------------------------------------------------------
+
+DESCRIBED = ("dataset", "num_images", "dims", "levels")
+
+
+@shared
+def test_mnist(tmp_path):
+    """The official files, found through a link that is gone when the model is evaluated."""
+    (tmp_path / "data").symlink_to(SHARED)
+    options = [*SMALL, *sets(train__num_steps=3, data__root="data", data__validation=100)]
+    words = ["--config", "glow_mnist_small.yaml", *options, "--run-dir", "m"]
+    quick("train", *words, cwd=tmp_path).ok()
+    (tmp_path / "data").unlink()
+    done = quick("evaluate", "m", cwd=tmp_path)
+    done.failed(2, "data.root: MNIST is not in", "could not be downloaded")
+    values = evaluated("m", "--num-images", 100, *sets(data__root=SHARED), cwd=tmp_path)
+    assert [values[key] for key in DESCRIBED] == ["mnist", 100, 784, 256]
+    assert 0 < values["bits_per_dim"] < 8 and values["max_reconstruction_error"] < 0.25
+
+
+@shared
+def test_cifar10(tmp_path):
+    data = sets(data__name="npz", data__path=SHARED / "cifar10.npz", data__validation=100)
+    options = [*SMALL, *data, *sets(train__num_steps=3)]
+    words = ["--config", "glow_cifar_small.yaml", *options, "--run-dir", "c"]
+    quick("train", *words, cwd=tmp_path).ok()
+    values = evaluated("c", "--num-images", 100, cwd=tmp_path)
+    assert [values[key] for key in DESCRIBED] == ["npz", 100, 3072, 256]
+    assert 4 < values["bits_per_dim"] < 9 and values["max_reconstruction_error"] < 0.25
+    quick("interpolate", "c", "--pairs", 1, "--steps", 2, "--out", "i.png", cwd=tmp_path).ok()
+    ends = cells(Image.open(tmp_path / "i.png"), 1, 2, (32, 32), channels=3)[0]
+    with np.load(SHARED / "cifar10.npz") as file:
+        test = {image.tobytes() for image in file["x_test"]}
+    assert {end.tobytes() for end in ends} <= test
