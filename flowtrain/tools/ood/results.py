@@ -152,6 +152,6 @@ def pictures(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
             stem = re.sub(r"[^\w.-]+", "_", stem).lstrip("._")
             file = stem
             while file in taken:  # `a b.png` and `a_b.png`
-                file = f"{stem}-{len(taken)}"
+                file = f"{file}-{len(taken)}"
             taken.add(file)
             yield f"{file}.png", png(picture(x, heat[None], num_bins, 2))

@@ -132,13 +132,13 @@ def test_the_command(tmp_path):
 
 
 def test_the_names_of_heat_maps_differ():
-    x, names = images(3, (1, 4, 4)).numpy(), ["a b.png", "a_b.png", "a/b.png"]
-    collection = Collection("photos", x, np.arange(3), names=names)
+    names = ["a b.png", "a_b-3.png", "a_b.png", "a/b.png"]
+    collection = Collection("photos", images(4, (1, 4, 4)).numpy(), np.arange(4), names=names)
     flow = tiny_flow("glow", (1, 4, 4))
-    scored = Scored(collection, np.zeros(3), 0.0, flow.kind, np.zeros((3, 4, 4)))
+    scored = Scored(collection, np.zeros(4), 0.0, flow.kind, np.zeros((4, 4, 4)))
     model = SimpleNamespace(flow=flow)
     found = [name for name, _ in pictures(Comparison(model, 0, scored, scored, [scored], "local"))]
-    assert found == ["photos-a_b.png", "photos-a_b-1.png", "photos-a_b-2.png"]
+    assert found == [f"photos-a_b{end}.png" for end in ("", "-3", "-2", "-3-3")]
 
 
 @pytest.mark.run
