@@ -42,7 +42,8 @@ def percentage(text: str) -> float:
     """A share between 0 and 1, as `1%` or `0.01`. Raises `typer.BadParameter`."""
     number, percent, rest = text.partition("%")
     try:
-        value = float(number) / (100 if percent else 1)
+        # 0.7 / 100 is below 0.007, and an equal p-value would be above it.
+        value = round(float(number) / 100, 15) if percent else float(number)
     except ValueError:
         value = 0.0
     if rest or not 0 < value < 1:

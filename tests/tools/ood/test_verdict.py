@@ -18,6 +18,7 @@ from flowtrain.data.splits import Split
 from flowtrain.errors import UserError
 from flowtrain.evaluation.heat import HeatMaps
 from flowtrain.evaluation.score import score
+from flowtrain.tools.ood.command import percentage
 from flowtrain.tools.ood.detector import Detector
 from flowtrain.tools.ood.images import Collection
 from flowtrain.tools.ood.results import pictures
@@ -45,6 +46,11 @@ def test_false_positives_are_no_more_frequent_than_promised(ties):
         held_out = np.delete(scores, 7)
         above = scores > threshold(held_out, alpha)
         assert above.tolist() == (p_values(held_out, scores) <= alpha).tolist()
+
+
+def test_a_percentage_is_the_nearest_number():
+    """A p-value equal to it is an outlier: there are rates of k / 1000."""
+    assert all(percentage(f"{k / 10}%") == k / 1000 for k in range(1, 1000))
 
 
 def test_a_threshold_needs_enough_images():
