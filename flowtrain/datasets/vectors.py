@@ -99,8 +99,17 @@ def _columns(path: Path) -> tuple[list[str], bool]:
     with _reading(path) as lines:
         first = next(lines, "")
         texts = next(csv.reader([first]), [])
-        named = bool(texts) and bool(np.isnan(np.genfromtxt([first], delimiter=",")).all())
+        named = bool(texts) and not any(map(_is_number, texts))
     return texts if named else [f"column {i}" for i in range(len(texts))], named
+
+
+def _is_number(text: str) -> bool:
+    """Whether a value is a number, or a word for a missing or infinite one."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _values(path: Path, columns: int, named: bool) -> np.ndarray:

@@ -29,12 +29,13 @@ def written(folder, form):
     elif form == "npy":
         np.save(path, VALUES)
     else:
-        header = "\npower, in W,b,c\n".replace("power, in W", '"power, in W"')
+        header = '\n# a,"power, in W",c\n'
         lines = "\n\n".join(",".join(map(repr, row.tolist())) for row in VALUES)
         path.write_text(("\ufeff" + header if form == "csv with names" else "") + lines)
     return path
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("form", ["npz", "npy", "csv", "csv with names"])
 def test_the_same_vectors_in_every_form(form, tmp_path):
     path = written(tmp_path, form)
@@ -76,6 +77,8 @@ def saved(**changes):
         ("a.npy", lambda path: np.save(path, VALUES[0]), r"shape \(3,\): expected \(N, D\)"),
         ("a.npy", lambda path: np.save(path, VALUES[:0]), r"shape \(0, 3\): expected \(N, D\)"),
         ("a.csv", lambda path: path.write_text("t,volt\n1,2\n3,\n4,?\n"), r"in volt \(2\), .* 2:"),
+        ("a.csv", lambda path: path.write_text("nan,nan\n1,2\n3,4\n"), r"column 1 \(1\), .* 1:"),
+        ("a.csv", lambda path: path.write_text('"1","2"\n"3","4"\n'), r"column 1 \(2\), .* 1:"),
         ("a.csv", lambda path: path.write_text("1,2\n3,4\n5\n"),
          r"cannot be read \(.*Line #3 .got 1 columns instead of 2"),
         ("a.csv", lambda path: path.write_text("a,b\n1,2,3\n4,5,6\n"),
