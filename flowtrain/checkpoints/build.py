@@ -124,7 +124,8 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
             )
         arguments = {name: about[name] for name in wanted}
         bijection: Bijection = build(shape, **arguments, **config.model.options())
-        if config.data.name == "vectors":  # each column has a unit of its own
+        # Each column of vectors has a unit of its own, but angles and points of a sphere have none.
+        if config.data.name == "vectors" and not _of_angles(bijection):
             bijection = Sequential(Standardize(shape), bijection)
         latent_dims = bijection.latent_dims(math.prod(shape))
         class_prior: ClassPrior | ClassContext | None = None
@@ -154,6 +155,10 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
         # After the bijection, so that its weights are the same with any noise.
         dequantizer = _build_dequantizer(config.dequantization, shape, num_bins)
     return Flow(bijection, dequantizer, shape, class_prior, image_context)
+
+
+def _of_angles(bijection: Bijection) -> bool:
+    return any(isinstance(part, Bijection) and part.of_angles for part in bijection.modules())
 
 
 def _image_context(model: Model, shape: Shape, num_bins: int | None) -> ImageContext | None:

@@ -128,6 +128,17 @@ def test_the_density_is_that_of_the_original_units(model, tmp_path):
     torch.testing.assert_close(log_probs[1], expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["torus", "sphere"])
+def test_angles_and_unit_vectors_are_not_standardized(name, tmp_path):
+    model = {"name": name, "width": 8}
+    own = a_config(model, data={"name": name})
+    x = DataSet(own.data).split("test").take(slice(0, 50))
+    np.save(tmp_path / "a.npy", x.flatten(1).numpy())
+    vectors = a_config(model, data={"name": "vectors", "path": str(tmp_path / "a.npy")})
+    flows = [perturb(build_flow(config, tuple(x.shape[1:]), None)) for config in (own, vectors)]
+    assert torch.equal(flows[0].log_prob(x), flows[1].log_prob(x))
+
+
 def gaussian(dims, count):
     """Draws of a Gaussian in odd units, with their log-densities, and its entropy in nats."""
     rng = np.random.default_rng(dims)
