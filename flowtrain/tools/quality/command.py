@@ -2,7 +2,6 @@
 
 import io
 import math
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -157,7 +156,7 @@ def quality(
     write_json(content, json_out, path)
     how = "".join(f", {key} {value:g}" for key, value in drawn_with.items())
     if images is None:
-        shutil.rmtree(folder)
+        samples.remove(folder)
     _print(result, images or f"samples of {loaded.checkpoint.path}{how}", against)
 
 

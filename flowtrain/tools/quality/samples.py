@@ -1,5 +1,6 @@
 """Many samples of a model, drawn by several processes, and continued after a kill."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ from flowtrain.pictures.sample import sample
 from flowtrain.system import capacity, distributed
 from flowtrain.system.arrays import ONLY, ArrayFile
 from flowtrain.system.console import silent
-from flowtrain.system.files import save
+from flowtrain.system.files import remove_left_overs, save
 
 PART = 100  # images in a file; a kill costs each process at most so many
 
@@ -48,24 +49,39 @@ def draw(
     capacity.require(2 * num * model.flow.dims, f"--num-images {num}: the samples need")
     starts = range(0, num, PART)
     own = starts[distributed.rank() :: distributed.world()]
-    for done, start in enumerate(own):
+
+    def part(start: int, note: Callable[[float, float], None] = silent) -> Tensor:
         file = _file(folder, start)
+        if file.exists():
+            return torch.from_numpy(ArrayFile(file).read(ONLY, "iu", (PART, *shape)))
+        # The last part is whole, too: its rounding depends on its size.
+        images = sample(model.flow, PART, [temperature], seed, note, first=start, **options)
+        buffer = io.BytesIO()
+        np.save(buffer, images.numpy())
+        save(file, buffer.getvalue(), named=False)
+        return images
+
+    for done, start in enumerate(own):
 
         def note(part: float, of: float, done: int = done) -> None:
             progress((done + part / of) * PART, len(own) * PART)
 
-        if not file.exists():  # the last part is whole, too: its rounding depends on its size
-            images = sample(model.flow, PART, [temperature], seed, note, first=start, **options)
-            buffer = io.BytesIO()
-            np.save(buffer, images.numpy())
-            save(file, buffer.getvalue(), named=False)
+        part(start, note)
         note(1, 1)
     distributed.barrier()
     if not distributed.is_main():
         return torch.empty(0, *shape, dtype=torch.uint8)
-    files = [ArrayFile(_file(folder, start)) for start in starts]
-    parts = [torch.from_numpy(file.read(ONLY, "iu", (PART, *shape))) for file in files]
-    return torch.cat(parts)[:num]
+    # An equal command that has ended in the meantime has removed the parts.
+    return torch.cat([part(start) for start in starts])[:num]
+
+
+def remove(folder: Path) -> None:
+    """Removes the parts, and the folder, unless an equal command still writes there."""
+    remove_left_overs(folder)
+    for file in folder.glob("*.npy"):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _file(folder: Path, start: int) -> Path:

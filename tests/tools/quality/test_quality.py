@@ -246,6 +246,14 @@ def test_samples_depend_on_the_seed_and_their_position(tmp_path, monkeypatch):
         samples.draw(model, 10, tmp_path / "again", 7)
     assert torch.equal(samples.draw(model, 10, tmp_path / "again", 7), whole)
     assert drawn == [0, 4, 4, 8]
+
+    def beside_another(flow, num, temperatures, seed, progress, first):
+        if first == 8:  # an equal command ends
+            samples.remove(tmp_path / "shared")
+        return sample(flow, num, temperatures, seed, progress, first=first)
+
+    monkeypatch.setattr(samples, "sample", beside_another)
+    assert torch.equal(samples.draw(model, 10, tmp_path / "shared", 7), whole)
     folders = {
         samples.folder_of(each, seed, **options)
         for each in (model, a_model(tmp_path))
