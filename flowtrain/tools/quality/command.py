@@ -101,6 +101,7 @@ def quality(
     torchrun shares the sampling out. If it is stopped, the same command continues it.
     """
     import numpy as np
+    import torch
 
     from flowtrain.pictures.grid import to_8bit
     from flowtrain.system import distributed
@@ -131,6 +132,10 @@ def quality(
         if images is not None:
             x = _read(loaded, images, "--images", options, num_images)
         network = load(name, flow.shape, flow.device)
+        if known is not None:  # before the samples are drawn
+            blank = torch.zeros(1, *flow.shape, dtype=torch.uint8)
+            size = features_of(blank, network, flow.device).shape[1]
+            figures.require_size(known, size, name)
         with ProgressBar("features") as bar:
             y = known or figures.statistics_of(
                 features_of(reference, network, flow.device, bar), name

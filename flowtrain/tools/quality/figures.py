@@ -94,6 +94,12 @@ def require_enough(count: int, size: int, name: str) -> None:
         )
 
 
+def require_size(reference: Statistics, size: int, name: str) -> None:
+    """Raises `UserError` if the reference has another number of features than the network."""
+    if len(reference.mu) != size:
+        raise UserError(f"the reference has {len(reference.mu)} features, and {name} has {size}")
+
+
 def quality(
     images: Batch, reference: Batch | Statistics, features: str | None, device: torch.device
 ) -> Quality:
@@ -116,10 +122,7 @@ def compare(images: Statistics, reference: Statistics, name: str) -> Quality:
     """
     fidelity, x, y = torch_fidelity(), images.features, reference.features
     assert x is not None
-    if reference.mu.shape != images.mu.shape:
-        raise UserError(
-            f"the reference has {len(reference.mu)} features, and {name} has {x.shape[1]}"
-        )
+    require_size(reference, x.shape[1], name)
     both = ({"mu": each.mu, "sigma": each.sigma} for each in (images, reference))
     (fid,) = fidelity.metric_fid.fid_statistics_to_metric(*both, verbose=False).values()
     if y is None:

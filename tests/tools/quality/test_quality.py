@@ -283,9 +283,11 @@ def test_the_command_with_one_process_and_with_two(tmp_path):
     assert both[1].out == ""
     with np.load(tmp_path / "a.npz") as file:
         assert np.array_equal(file["arr_0"], alone)
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
     for more, *said in (
         (["--guidance", 1], "--guidance 1: "),
         (["--images", "a.npz", "--num-images", 9], "and there are 9"),
+        (["--against", "s.npz"], "the reference has 2 features, and mnist-cnn has 64"),
     ):
         quick("quality", "run", *more, cwd=tmp_path).failed(2, *said)
     assert not list(tmp_path.glob("run/quality-*"))
