@@ -104,7 +104,10 @@ def quality(
     images: Batch, reference: Batch | Statistics, features: str | None, device: torch.device
 ) -> Quality:
     """See `flowtrain.quality`."""
-    a, b, c = np.atleast_3d(np.asarray(images[0])).shape
+    first = images[0]
+    if isinstance(first, Tensor):
+        first = first.cpu()
+    a, b, c = np.atleast_3d(np.asarray(first)).shape
     shape = (a, b, c) if a in (1, 3) else (c, a, b)
     name = features or name_for(shape)
     network = load(name, shape, device)

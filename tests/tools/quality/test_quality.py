@@ -10,6 +10,7 @@ import torch_fidelity
 from catalogue import sets
 from cli_helpers import quick
 from coding_helpers import loaded
+from fake_device import device_without_float64
 from helpers import images, npz, seeded, tiny_flow
 from sklearn.datasets import load_digits
 from torch import nn
@@ -162,6 +163,8 @@ def test_images_in_any_form_and_statistics():
     found = flowtrain.quality(x, known, device="cpu")
     assert (found.num_reference, found.kid, found.coverage) == (None, None, None)
     assert found.fid == pytest.approx(expected.fid, rel=1e-9)
+    with device_without_float64() as there:
+        assert flowtrain.quality(x.to(there), y, device="cpu") == expected
     colour = images(70, (3, 32, 32))
     assert flowtrain.quality(colour, colour, device="cpu").features == "cifar-cnn"
     for wrong, message in (
