@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from flowtrain.checkpoints.load import LoadedModel
+    from flowtrain.config import Data as DataConfig
     from flowtrain.data.splits import DataSet
 
 P = ParamSpec("P")
@@ -391,10 +392,26 @@ def data_of(
     """The data set of `--data`, or the one that the model was trained on, with other settings. It
     prints how other data are converted to the model's.
     """
-    from flowtrain import config as configuration
-    from flowtrain.data.named import section_named, undivided
+    from flowtrain.data.named import undivided
     from flowtrain.data.splits import DataSet
     from flowtrain.system.console import console
+
+    config = data_config(loaded, settings, dataset)
+    if dataset is None:
+        return DataSet(config)
+    data = DataSet(config, undivided(config, loaded.config.data), loaded.flow.num_bins)
+    if data.reduced_to or config.name == "folder":
+        shape = "x".join(map(str, data.shape))
+        console.print(f"{dataset}: images are brought to {shape} with {data.kind.words}")
+    return data
+
+
+def data_config(
+    loaded: "LoadedModel", settings: list[str] | None = None, dataset: str | None = None
+) -> "DataConfig":
+    """The configuration of the data set of `data_of`, which may not be at hand."""
+    from flowtrain import config as configuration
+    from flowtrain.data.named import section_named
 
     for text in settings or []:
         if not text.startswith("data."):
@@ -409,14 +426,7 @@ def data_of(
     values = configuration.override(values, settings or [])
     where = f"--data {dataset}" if dataset else "--set"
     # A module of the checkpoint was trusted when it was loaded; the rest comes from the user.
-    config = configuration.parse(values, where, trust_code=True).data
-    if dataset is None:
-        return DataSet(config)
-    data = DataSet(config, undivided(config, loaded.config.data), loaded.flow.num_bins)
-    if data.reduced_to or config.name == "folder":
-        shape = "x".join(map(str, data.shape))
-        console.print(f"{dataset}: images are brought to {shape} with {data.kind.words}")
-    return data
+    return configuration.parse(values, where, trust_code=True).data
 
 
 def split_of(data: "DataSet", split: Split | None, dataset: str | None) -> Split | Literal["all"]:

@@ -15,6 +15,7 @@ from flowtrain.cli.base import (
     Split,
     check_suffix,
     command,
+    data_config,
     on_all_processes,
     output,
     print_table,
@@ -173,9 +174,11 @@ def _read(
     from flowtrain.data.named import section_named, undivided
     from flowtrain.data.splits import DataSet
 
-    data, split_name = options.data(loaded), name  # settings are of the model's own data
-    if name not in get_args(Split):
-        own, levels = data.config, loaded.flow.num_bins
+    if name in get_args(Split):
+        data, split_name = options.data(loaded), name
+    else:
+        # Settings are of the model's own data, which need not be at hand.
+        own, levels = data_config(loaded, options.words()), loaded.flow.num_bins
         section = section_named(name, own, loaded.flow.shape, option)
         config = configuration.parse({"data": section}, f"{option} {name}", trust_code=True).data
         data = DataSet(config, undivided(config, own), levels)

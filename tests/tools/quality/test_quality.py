@@ -299,6 +299,10 @@ def test_the_command_with_one_process_and_with_two(tmp_path):
     quick(*words, "--json", "b.json", cwd=tmp_path).ok()
     result = json.loads((tmp_path / "b.json").read_text())
     assert (result["images"], result["num_images"], result["num_reference"]) == ("a.npz", 100, 81)
+    # Where both are named, the model's own data need not be there.
+    (tmp_path / "x.npz").rename(tmp_path / "y.npz")
+    words = ["quality", "run", "--images", "a.npz", "--against", "y.npz"]
+    quick(*words, cwd=tmp_path).ok()
     hidden = "import sys; sys.modules['torch_fidelity'] = None"
     done = quick(*words, cwd=tmp_path, first=hidden)
     done.failed(2, "quality needs the package torch_fidelity", "the extra quality")
