@@ -173,6 +173,7 @@ def _read(
     from flowtrain import config as configuration
     from flowtrain.data.named import section_named, undivided
     from flowtrain.data.splits import DataSet
+    from flowtrain.system import capacity
 
     if name in get_args(Split):
         data, split_name = options.data(loaded), name
@@ -185,7 +186,11 @@ def _read(
         split_name = "all" if data.undivided else "test"
     data.require(loaded.flow.shape, loaded.flow.num_bins, loaded.checkpoint.path)
     split = data.split(cast("SplitName", split_name))
-    return split.sample(most or len(split)).take(slice(None))
+    count = min(most or len(split), len(split))
+    # As bytes twice, and twice as the int32 of `to_8bit`.
+    needed = (2 + 2 * 4) * count * split.bytes_of_image
+    capacity.require(needed, f"{option} {name}: {count:,} images need")
+    return split.sample(count).take(slice(None))
 
 
 def _print(result: "Quality", what: str, against: str) -> None:

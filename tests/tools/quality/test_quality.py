@@ -303,6 +303,8 @@ def test_the_command_with_one_process_and_with_two(tmp_path):
     (tmp_path / "x.npz").rename(tmp_path / "y.npz")
     words = ["quality", "run", "--images", "a.npz", "--against", "y.npz"]
     quick(*words, cwd=tmp_path).ok()
+    small = "from flowtrain.system import capacity; capacity.left = lambda device: 10**5"
+    quick(*words, cwd=tmp_path, first=small).failed(2, "--against y.npz: 80 images need")
     hidden = "import sys; sys.modules['torch_fidelity'] = None"
     done = quick(*words, cwd=tmp_path, first=hidden)
     done.failed(2, "quality needs the package torch_fidelity", "the extra quality")
