@@ -124,6 +124,11 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
             )
         arguments = {name: about[name] for name in wanted}
         bijection: Bijection = build(shape, **arguments, **config.model.options())
+        if not isinstance(bijection, Bijection):
+            raise UserError(
+                f"model.name: `build` of {config.model.name} returned a "
+                f"{type(bijection).__name__}, expected a Bijection"
+            )
         if config.data.name == "vectors":  # each column has a unit of its own
             bijection = Sequential(Standardize(shape), bijection)
         latent_dims = bijection.latent_dims(math.prod(shape))
