@@ -124,10 +124,10 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
             )
         arguments = {name: about[name] for name in wanted}
         bijection: Bijection = build(shape, **arguments, **config.model.options())
-        if not isinstance(bijection, Bijection):
+        if not isinstance(bijection, Bijection) or not list(bijection.parameters()):
             raise UserError(
                 f"model.name: `build` of {config.model.name} returned a "
-                f"{type(bijection).__name__}, expected a Bijection"
+                f"{type(bijection).__name__}, expected a Bijection with parameters"
             )
         if config.data.name == "vectors":  # each column has a unit of its own
             bijection = Sequential(Standardize(shape), bijection)

@@ -335,6 +335,7 @@ def test_a_model_of_ones_own(tmp_path):
         (2, "model.name: module 'own.wrong' has no function `build`", "build = 3"),
         (2, "of own.wrong: NameError: name 'Gone'", "def build(shape, *, n: 'Gone' = 1): pass"),
         (2, "`build` of own.wrong returned a NoneType", "def build(shape): pass"),
+        (2, "a Flatten, expected", "from flowtrain.bijections import Flatten as build"),
         (1, "KeyError: 'gone' ({file}, line 2)", "def build(shape):\n    raise KeyError('gone')"),
     ],
 )
