@@ -476,5 +476,10 @@ class Flow(nn.Module):
 
 @torch.no_grad()
 def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
-    """Data-dependent initialization: one pass in which each new layer is set from its input."""
-    flow.to_latents(x, noise, Initializing())
+    """Data-dependent initialization: one pass in which each new layer is set from its input.
+
+    Raises `UserError` for latents of another shape, whose likelihood would lack entries.
+    """
+    z, _ = flow.to_latents(x, noise, Initializing())
+    if z.shape != (expected := (len(x), flow.latent_dims)):
+        raise UserError(f"model.name: it has latents of shape {tuple(z.shape)}, not {expected}")

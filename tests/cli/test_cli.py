@@ -327,6 +327,18 @@ def test_a_model_of_ones_own(tmp_path):
     assert " finished |" in quick("sweep", *row, cwd=tmp_path).ok().out
 
 
+LOSES_ENTRIES = """
+from flowtrain.bijections import ActNorm, Bijection, Flatten, Sequential
+
+class First(Bijection):
+    def forward(self, x, context=None):
+        return x[:, :, 0], x.new_zeros(len(x))
+
+def build(shape):
+    return Sequential(ActNorm(shape), First(), Flatten((1, 1, 8)))
+"""
+
+
 @pytest.mark.parametrize(
     "code, said, text",
     [
@@ -336,6 +348,7 @@ def test_a_model_of_ones_own(tmp_path):
         (2, "of own.wrong: NameError: name 'Gone'", "def build(shape, *, n: 'Gone' = 1): pass"),
         (2, "`build` of own.wrong returned a NoneType", "def build(shape): pass"),
         (2, "a Flatten, expected", "from flowtrain.bijections import Flatten as build"),
+        (2, ", 8), not (", LOSES_ENTRIES),
         (1, "KeyError: 'gone' ({file}, line 2)", "def build(shape):\n    raise KeyError('gone')"),
     ],
 )
