@@ -4,6 +4,8 @@ import difflib
 import errno
 import reprlib
 import signal
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,6 +60,28 @@ def is_disk_full(error: BaseException) -> bool:
 def disk_full(folder: Path | str, error: BaseException) -> RunError:
     """The error to raise where `is_disk_full`."""
     return RunError(f"cannot write to {folder} ({short(error)}): make room and run again")
+
+
+_PACKAGES = ("site-packages", "dist-packages")
+
+
+def place(error: BaseException) -> str:
+    """` (FILE, line N)` for the last line of the user's own code that ran before an error, or an
+    empty string. Code of flowtrain, of Python and of installed packages is not the user's.
+    """
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        others = (Path(__file__).parent, Path(sysconfig.get_path("stdlib")))
+        ours = any(file.is_relative_to(folder) for folder in others)
+        if file.is_absolute() and not ours and not any(name in file.parts for name in _PACKAGES):
+            found = f" ({file}, line {line})"
+    return found
+
+
+def raised(error: BaseException) -> str:
+    """An error of the user's own code as one line for a message, with its `place`."""
+    return f"{type(error).__name__}: {short(error)}{place(error)}"
 
 
 def short(error: BaseException, limit: int = 300) -> str:

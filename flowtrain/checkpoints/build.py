@@ -124,6 +124,11 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
             )
         arguments = {name: about[name] for name in wanted}
         bijection: Bijection = build(shape, **arguments, **config.model.options())
+        if not isinstance(bijection, Bijection) or not list(bijection.parameters()):
+            raise UserError(
+                f"model.name: `build` of {config.model.name} returned a "
+                f"{type(bijection).__name__}, expected a Bijection with parameters"
+            )
         # Each column of vectors has a unit of its own, but angles and points of a sphere have none.
         if config.data.name == "vectors" and not _of_angles(bijection):
             bijection = Sequential(Standardize(shape), bijection)

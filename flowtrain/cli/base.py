@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, ParamSpec
 
 import typer
 
-from flowtrain.errors import EndedElsewhere, Interrupted, RunError, UserError, cut, exit_code
+from flowtrain.errors import (
+    EndedElsewhere,
+    Interrupted,
+    RunError,
+    UserError,
+    cut,
+    exit_code,
+    place,
+    raised,
+)
 from flowtrain.system.files import is_special
 
 # torch takes seconds to import, and `--help` should be instant. So functions import what they need.
@@ -27,6 +36,7 @@ if TYPE_CHECKING:
     from flowtrain.data.splits import DataSet
 
 P = ParamSpec("P")
+NO_MEMORY = "out of memory|can't allocate memory"  # in messages of torch
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -63,10 +73,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             fail("interrupted", exit_code(KeyboardInterrupt()))
         except MemoryError as error:
             fail(f"out of memory: {error}", RunError.exit_code)
-        except RuntimeError as error:
-            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        except Exception as error:
+            if isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)):
+                fail(f"out of memory; use a smaller batch or model: {error}", RunError.exit_code)
+            if not place(error):
                 raise
-            fail(f"out of memory; use a smaller batch or model: {error}", RunError.exit_code)
+            fail(raised(error), RunError.exit_code)
 
     flat = [p for name in parameters for p in fields.get(name, {name: parameters[name]}).values()]
     wrapped.__annotations__ = {each.name: each.annotation for each in flat}

@@ -26,7 +26,7 @@ from flowtrain.config.schema import (
     Model,
     Train,
 )
-from flowtrain.errors import UserError, did_you_mean, short, shown
+from flowtrain.errors import UserError, did_you_mean, raised, short, shown
 
 DEEPEST = 20  # parts of a dotted name
 
@@ -78,9 +78,11 @@ def component(base: type[Component], name: str) -> Named:
             sys.path.insert(0, str(Path.cwd()))
         try:
             module = importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"{key}: cannot import {shown(name)}: {short(error)}") from error
-        if not hasattr(module, "build"):
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{key}: cannot import {shown(name)}: {raised(error)}") from error
+        if not callable(getattr(module, "build", None)):
             raise UserError(f"{key}: module {shown(name)} has no function `build`")
         return _named(module, module.build)
     names = component_names(base)
@@ -104,6 +106,18 @@ def component_name(base: type[Component], values: Mapping[str, Any]) -> str:
 def component_schema(base: type[Component], name: str) -> type[Component]:
     """The keys of `base` and the options of the named module's `build` as one pydantic model."""
     build = component(base, name).build
+    try:
+        return _schema_of(base, name, build)
+    except Exception as error:
+        if "." not in name:
+            raise
+        raise UserError(
+            f"{base.section}.name: the signature of `build` of {name}: {type(error).__name__}: "
+            f"{short(error)}"
+        ) from error
+
+
+def _schema_of(base: type[Component], name: str, build: Callable[..., Any]) -> type[Component]:
     described = _described_arguments(build)
     hints = typing.get_type_hints(build, include_extras=True)
     absolute = {Path: AbsolutePath, Path | None: AbsolutePath | None}

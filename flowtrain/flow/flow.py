@@ -259,16 +259,20 @@ class Flow(nn.Module):
         ]
         return self.kind.over_draws(torch.stack(bounds))
 
-    def log_density(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
+    def log_density(
+        self, y: Tensor, labels: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """The log-density of dequantized images `y` in [0, 1), `(B, C, H, W)`, minus D log Q.
 
         It is `(B,)` in nats, and differentiable with respect to `y`. Its mean probability over the
-        cell of an image's levels is P(x), or P(x | class) with `labels` `(B,)`. Raises `ValueError`
-        for real-valued data.
+        cell of an image's levels is P(x), P(x | class) with `labels` `(B,)`, or P(x | context) with
+        the `context` that a model with an `image_context` needs, as in `decode`. Raises
+        `ValueError` for real-valued data, or for another context.
         """
         if isinstance(self.dequantizer, RealValued):
             raise ValueError("real-valued data are not dequantized: use log_prob")
-        return self._log_prob_of(*self.dequantizer.from_unit(y), labels).total
+        context = self._checked_context(context, len(y))
+        return self._log_prob_of(*self.dequantizer.from_unit(y), labels, context).total
 
     def bits_per_dim(
         self, x: Batch, generator: torch.Generator | None = None, draws: int = 1
@@ -472,5 +476,10 @@ class Flow(nn.Module):
 
 @torch.no_grad()
 def initialize(flow: Flow, x: Tensor, noise: Tensor) -> None:
-    """Data-dependent initialization: one pass in which each new layer is set from its input."""
-    flow.to_latents(x, noise, Initializing())
+    """Data-dependent initialization: one pass in which each new layer is set from its input.
+
+    Raises `UserError` for latents of another shape, whose likelihood would lack entries.
+    """
+    z, _ = flow.to_latents(x, noise, Initializing())
+    if z.shape != (expected := (len(x), flow.latent_dims)):
+        raise UserError(f"model.name: it has latents of shape {tuple(z.shape)}, not {expected}")

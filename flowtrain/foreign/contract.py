@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -52,9 +53,11 @@ class Foreign:
     bits_per_dim: Callable[[Tensor], Any] | float | None = None
 
     def __post_init__(self) -> None:
-        if len(self.shape) not in (1, 3) or min(self.shape) < 1:
+        sides = [each for each in self.shape if isinstance(each, Integral) and each >= 1]
+        if len(self.shape) not in (1, 3) or len(sides) < len(self.shape):
             raise UserError(f"shape: {self.shape}, expected (C, H, W) or (D,)")
-        if self.num_bins is not None and not 2 <= self.num_bins <= 256:
+        bins = 256 if self.num_bins is None else self.num_bins
+        if not isinstance(bins, Integral) or not 2 <= bins <= 256:
             raise UserError(f"num_bins: {self.num_bins}, expected 2..256, or None for real values")
         mapped = self.scale is not None or self.offset != 0
         of_images = mapped or self.alpha is not None or self.adds_noise

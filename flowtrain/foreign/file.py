@@ -1,14 +1,16 @@
 """Flows in files of the user: `FILE.py:NAME` on a command line."""
 
+import contextlib
 import importlib.util
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flowtrain.errors import UserError, did_you_mean, short
+from flowtrain.errors import UserError, did_you_mean, raised
 from flowtrain.flow.flow import Flow
 from flowtrain.foreign.contract import Foreign
 from flowtrain.foreign.model import ForeignModel
@@ -39,56 +41,49 @@ def flow_named(model: str) -> Flow:
     if not name:
         raise UserError(f"{model}: give the name of a flow in it: {path}:NAME")
     log.info(f"running the code of {path}, because {model} names it")
-    values = _run(path)
+    with _own_code(path, str(path)):
+        values = _run(path)
     if name not in values:
         own = [each for each in values if not each.startswith("_")]
         raise UserError(f"{model}: {path} has no {name}{did_you_mean(name, own)}")
-    found = values[name]
-    if callable(found) and not hasattr(found, "forward"):
-        try:
+    with _own_code(path, model):
+        found = values[name]
+        if callable(found) and not hasattr(found, "forward"):
             found = found()
-        except UserError as error:
-            raise UserError(f"{model}: {error}") from error
-        except Exception as error:
-            raise UserError(f"{model}: {_words(error, path)}") from error
-    if isinstance(found, Flow):
-        return found
-    if not isinstance(found, Foreign):
-        raise UserError(
-            f"{model}: is a {type(found).__name__}; expected flowtrain.Foreign(flow, shape=..., "
-            f"num_bins=...) or a function that returns one"
-        )
-    try:
+        if isinstance(found, Flow):
+            return found
+        if not isinstance(found, Foreign):
+            raise UserError(
+                f"is a {type(found).__name__}; expected flowtrain.Foreign(flow, shape=..., "
+                f"num_bins=...) or a function that returns one"
+            )
         return ForeignModel(found)
+
+
+@contextlib.contextmanager
+def _own_code(path: Path, where: str) -> Iterator[None]:
+    """Modules beside a file can be imported, as for a script. Any error of its code is a
+    `UserError` that begins with `where`.
+    """
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"{model}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{where}: {raised(error)}") from error
+    finally:
+        with contextlib.suppress(ValueError):  # the code may have removed it
+            sys.path.remove(folder)
 
 
 def _run(path: Path) -> dict[str, Any]:
-    """The names in a file. Modules beside it can be imported, as for a script."""
-    spec = importlib.util.spec_from_file_location(f"flowtrain_foreign_{path.stem}", path.resolve())
+    """The names in a file."""
+    # The path is not resolved, because a link may lead to a file without the suffix of Python.
+    spec = importlib.util.spec_from_file_location(f"flowtrain_foreign_{path.stem}", path.absolute())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for classes whose modules are looked up
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: {_words(error, path)}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
+    spec.loader.exec_module(module)
     return vars(module)
-
-
-def _words(error: BaseException, path: Path) -> str:
-    """An error of the user's code, with the line in the file."""
-    line = getattr(error, "lineno", None)  # of a SyntaxError
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path.resolve()):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    where = "" if line is None else f"line {line}: "
-    return f"{where}{type(error).__name__}: {short(error)}"

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import FUSED, Container, Fused
-from flowtrain.errors import RunError, UserError, short
+from flowtrain.errors import RunError, UserError, raised
 from flowtrain.flow.dequantize import EDGE, Dequantizer, RealValued
 from flowtrain.flow.flow import Flow
 from flowtrain.foreign.adapters import Adapted, Step, adapt
 from flowtrain.foreign.contract import Foreign
-from flowtrain.foreign.state import copied, map_tensors, modules_in
+from flowtrain.foreign.state import copied, map_tensors, modules_in, require_held, tensors_in
 from flowtrain.system.random import seeded
 from flowtrain.types import Shape
 
@@ -70,7 +70,7 @@ class Source:
 
 def _words(flow: Any, error: Exception, where: str = "") -> str:
     name = f"{type(flow).__module__}.{type(flow).__qualname__}"
-    return f"{name}: {where}{type(error).__name__}: {short(error)}"
+    return f"{name}: {where}{raised(error)}"
 
 
 @contextmanager
@@ -108,16 +108,16 @@ class ForeignLayer(Bijection):
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         with self.source.called(x.dtype):
             z, log_det = self.source.step(self.index).forward(x)
-        if not isinstance(z, Tensor):
-            z = torch.cat([part.flatten(1) for part in z], dim=1)
-        return z, _per_example(log_det, x)
+            if not isinstance(z, Tensor):
+                z = torch.cat([part.flatten(1) for part in z], dim=1)
+            return z, _per_example(log_det, x)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         step = self.source.step(self.index)
         in_list = step.diverted is None and len(self.source.latent_shapes) > 1
         with self.source.called(z.dtype):
             x, log_det = step.inverse(self.source.parts(z) if in_list else z)
-        return x, _per_example(log_det, z)
+            return x, _per_example(log_det, z)
 
 
 class ForeignBijection(Container):
@@ -134,11 +134,14 @@ class ForeignBijection(Container):
 
     def __init__(self, flow: Any, shape: Shape, input_shape: tuple[int, ...]):
         super().__init__()
+        require_held(flow)
         self.source = Source(flow)
         self.shape, self.input_shape = shape, input_shape
-        # `Flow` reads device and type from the first parameter, and a flow need not have one.
-        self.marker = nn.Parameter(torch.zeros(0), requires_grad=False)
         self.own = flow if isinstance(flow, nn.Module) else nn.ModuleList(modules_in(flow))
+        tensors = [*self.own.parameters(), *self.own.buffers(), *tensors_in(flow)]
+        # `Flow` reads device and type from the first parameter, and a flow need not have one.
+        marker = torch.zeros(0, device=tensors[0].device if tensors else None)
+        self.marker = nn.Parameter(marker, requires_grad=False)
         self.float().eval()
         with _trial(flow, "its parts"):
             layers = self.source.adapted.layers
@@ -181,9 +184,9 @@ class ForeignBijection(Container):
                 with _diverted(source, layers, adapted, executor) if divert else nullcontext():
                     result, log_det = getattr(adapted, direction)(given)
                 z = list(result) if direction == "forward" else [result]
-        if direction == "inverse":
-            return z[0].reshape(len(x), *self.shape), _per_example(log_det, x)
-        return torch.cat([part.flatten(1) for part in z], dim=1), _per_example(log_det, x)
+            if direction == "inverse":
+                return z[0].reshape(len(x), *self.shape), _per_example(log_det, x)
+            return torch.cat([part.flatten(1) for part in z], dim=1), _per_example(log_det, x)
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
         return self.source.parts(z)
@@ -281,6 +284,7 @@ class ForeignModel(Flow):
         self.contract = contract
         self.source = bijection.source
         self.source.latent_shapes = _tried(self)
+        self.home = self.device  # where the user's file has the flow
         self.is_random = False  # whether the log-density depends on the seed
 
     def base_log_prob(self, z: Tensor) -> Tensor:
@@ -304,8 +308,7 @@ class ForeignModel(Flow):
             drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
             seed = int(drawn)
         with torch.no_grad(), self.source.called(self.dtype), seeded(seed):
-            parts = draw(n)
-        z = torch.cat([part.flatten(1) for part in parts], dim=1)
+            z = torch.cat([part.flatten(1) for part in draw(n)], dim=1)
         return z.to(self.device, self.dtype)
 
 
@@ -319,7 +322,8 @@ def _tried(model: ForeignModel) -> list[tuple[int, ...]]:
         x = 0.25 + torch.arange(TRIED * model.dims) % 2 / 2
     else:
         x = torch.arange(TRIED * model.dims) % model.num_bins
-    v = model.dequantizer.middle(x.reshape(TRIED, *model.shape), torch.float32)
+    x = x.reshape(TRIED, *model.shape).to(model.device)
+    v = model.dequantizer.middle(x, torch.float32)
     with _trial(flow, "a copy"):
         adapted = adapt(copied(flow))
     with seeded(0):

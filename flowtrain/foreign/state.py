@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dis import get_instructions
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from flowtrain.errors import UserError
 
 T = TypeVar("T")
 Change = Callable[[Tensor], Tensor]
@@ -38,6 +41,23 @@ def tensors_in(thing: Any) -> list[Tensor]:
     state = [t for each in modules_in(thing) for t in (*each.parameters(), *each.buffers())]
     known = {id(each) for tensor in state for each in (tensor, tensor.grad)}
     return [each for each in _found(thing) if isinstance(each, Tensor) and id(each) not in known]
+
+
+def require_held(thing: Any) -> None:
+    """Raises `UserError` for a module with parameters that a method reads from its file. It is no
+    part of the object, so it would stay as it is: on its device, and in training mode.
+    """
+    held = {id(part) for each in modules_in(thing) for part in each.modules()}
+    classes = {base: None for each in _found(thing) for base in type(each).__mro__}
+    methods = [each for base in classes for each in vars(base).values()]
+    for method in (each for each in methods if isinstance(each, FunctionType)):
+        for name in _global_names(method):
+            read = method.__globals__[name]
+            if isinstance(read, nn.Module) and id(read) not in held and list(read.parameters()):
+                raise UserError(
+                    f"{method.__qualname__}: it reads the global variable {name}, a module with "
+                    f"parameters: make it an attribute of the flow"
+                )
 
 
 def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
@@ -149,7 +169,8 @@ def _global_names(function: FunctionType) -> list[str]:
     """The global variables of a function that are tensors, modules, or functions of its file."""
 
     def names(code: CodeType) -> Iterator[str]:
-        yield from code.co_names
+        # `co_names` has the names of attributes, too.
+        yield from (each.argval for each in get_instructions(code) if each.opname == "LOAD_GLOBAL")
         for inner in code.co_consts:
             if isinstance(inner, CodeType):  # of a comprehension, for example
                 yield from names(inner)

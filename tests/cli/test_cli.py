@@ -327,6 +327,39 @@ def test_a_model_of_ones_own(tmp_path):
     assert " finished |" in quick("sweep", *row, cwd=tmp_path).ok().out
 
 
+LOSES_ENTRIES = """
+from flowtrain.bijections import ActNorm, Bijection, Flatten, Sequential
+
+class First(Bijection):
+    def forward(self, x, context=None):
+        return x[:, :, 0], x.new_zeros(len(x))
+
+def build(shape):
+    return Sequential(ActNorm(shape), First(), Flatten((1, 1, 8)))
+"""
+
+
+@pytest.mark.parametrize(
+    "code, said, text",
+    [
+        (2, "model.name: cannot import 'own.wrong': SyntaxError: invalid syntax", "def f(:"),
+        (2, "NameError: name 'gone' is not defined ({file}, line 2)", "\ngone"),
+        (2, "model.name: module 'own.wrong' has no function `build`", "build = 3"),
+        (2, "of own.wrong: NameError: name 'Gone'", "def build(shape, *, n: 'Gone' = 1): pass"),
+        (2, "`build` of own.wrong returned a NoneType", "def build(shape): pass"),
+        (2, "a Flatten, expected", "from flowtrain.bijections import Flatten as build"),
+        (2, ", 8), not (", LOSES_ENTRIES),
+        (1, "KeyError: 'gone' ({file}, line 2)", "def build(shape):\n    raise KeyError('gone')"),
+    ],
+)
+def test_a_mistake_in_a_model_of_ones_own(code, said, text, tmp_path):
+    file = tmp_path / "own" / "wrong.py"
+    file.parent.mkdir()
+    file.write_text(text)
+    done = quick("train", *sets(model__name="own.wrong"), *SHORT, "--run-dir", "a", cwd=tmp_path)
+    done.failed(code, said.format(file=file))
+
+
 def test_the_newest_run_is_the_default(run, tmp_path):
     other = copy_of(trained()["nice"], tmp_path / "runs" / "a_later_one")
     few = ["--num-images", 2]

@@ -103,6 +103,12 @@ def test_an_image_is_scored_and_comes_back_given_its_own_context(model, kind, fa
     torch.testing.assert_close(flow.log_prob(x, seeded(), context=context), own, rtol=0, atol=0)
     other = flow.log_prob(x, seeded(), context=context.flip(0))
     assert (other - own).abs().min() > 1e-4
+    # At y = (x + u) / Q, the density is log P(x) by the noise u.
+    u = torch.full(x.shape, 0.5)
+    of_noise = flow(x, u, context=context).total
+    torch.testing.assert_close(flow.log_density((x + u) / flow.num_bins, context=context), of_noise)
+    with pytest.raises(ValueError, match="expected a context of shape"):
+        flow.log_density((x + u) / flow.num_bins)
     z = flow.encode(x)
     assert torch.equal(flow.decode(z, context=context), x)
     assert not torch.equal(flow.decode(z, context=context.flip(0)), x)

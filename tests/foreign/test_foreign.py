@@ -7,6 +7,7 @@ import foreign_flows as flows
 import pytest
 import torch
 from cli_helpers import quick
+from fake_device import device_without_float64
 from foreign_flows import BINS, GLOWS, LOG_PROBS, POINTS, SCALE, SHAPE
 from torch import distributions, nn
 
@@ -99,6 +100,14 @@ class Draws(flows.Mixture):
         self.sample = sample
 
 
+NET = nn.Linear(1, 1)
+
+
+class Global(Raises):
+    def forward(self, x):
+        return torch.cat([x[:, :1], x[:, 1:] + NET(x[:, :1])], dim=1), 0
+
+
 def of_contexts():
     return flows.library("zuko").flows.GMM(2, context=3)
 
@@ -124,12 +133,24 @@ def same(x):
         (Draws(lambda n: [][n]), "sample: IndexError: list index out of range"),
         (of_numbers, r"sample: ValueError: shape \(2,\), expected \(2, 2\)"),
         (of_contexts, "GMM: its parts: AttributeError"),
+        (Global(), "Global.forward: it reads the global variable NET, a module with parameters"),
     ],
 )
 def test_what_is_no_flow(flow, words):
     flow = flow() if isinstance(flow, FunctionType) else flow
     with pytest.raises(UserError, match=words):
         ForeignModel(Foreign(flow, (2,)))
+
+
+def test_a_flow_that_is_elsewhere_stays_there():
+    """On its own device, where the trial runs."""
+    x = flows.reals()
+    flow = flows.Coupling()
+    expected = ForeignModel(Foreign(copy.deepcopy(flow), (2,))).log_prob(x).detach()
+    with device_without_float64() as device:
+        model = ForeignModel(Foreign(flow.to(device), (2,)))
+        assert model.device == device
+        torch.testing.assert_close(model.log_prob(x).detach().cpu(), expected)
 
 
 def test_densities_of_positive_values():
@@ -144,7 +165,9 @@ def test_densities_of_positive_values():
     "options, words",
     [
         ({"shape": (8, 8)}, "shape"),
+        ({"shape": (1, 8 / 1, 8)}, "shape"),
         ({"num_bins": 1}, "num_bins"),
+        ({"num_bins": 256.0}, "num_bins"),
         ({"num_bins": None, "offset": 1.0}, "give num_bins"),
         ({"alpha": 0.6}, "alpha"),
         ({"alpha": 0.05, "scale": 1.0}, "alpha"),
@@ -186,20 +209,39 @@ class Light(torch.nn.Module):
         return z, 0
 
 light = Foreign(Light(), (1, 8, 8), 17)
+
+class Flat(Light):
+    def forward(self, x):
+        return x.flatten(1).squeeze(), 0
+    def inverse(self, z):
+        return z.view(-1, 1, 8, 8), 0
+
+flat = Foreign(Flat(), (1, 8, 8), 17)
+
+def exits():
+    raise SystemExit(0)
+
+def beside():
+    import settings
+    return settings.flow
 """
 
 
 @pytest.mark.run
 def test_commands_take_a_flow_of_a_file(tmp_path):
     (tmp_path / "own.py").write_text(FILE)
+    (tmp_path / "settings.py").write_text("from own import flow")
+    (tmp_path / "link.py").symlink_to(tmp_path / "blob")
+    (tmp_path / "blob").write_text(FILE)
     for name, *words in (
         ("evaluate", "own.py:flow"),
         ("evaluate", "own.py:made"),
+        ("evaluate", "link.py:beside"),
         ("ood", "own.py:flow", "--data", "noise"),
         ("sample", "own.py:flow"),
     ):
         done = quick(name, *words, "--num-images", 8, cwd=tmp_path).ok()
-        assert "running the code of own.py" in done.err
+        assert f"running the code of {words[0].partition(':')[0]}" in done.err
     assert (tmp_path / "runs/foreign/own-flow/evaluate-test.json").exists()
 
 
@@ -208,20 +250,24 @@ def test_files_that_give_no_flow(tmp_path):
     (tmp_path / "own.py").write_text(FILE)
     (tmp_path / "raises.py").write_text("x = 1\nimport no_such_package\n")
     (tmp_path / "wrong.py").write_text("def f(:\n")
+    (tmp_path / "moves.py").write_text("import os\nos.chdir('..')\n")
     for name, words in {
         "gone.py:flow": "gone.py: no such file",
         "own.py": "own.py: give the name of a flow in it: own.py:NAME",
         "own.py:flw": "own.py has no flw; did you mean flow?",
         "own.py:bare": "is a Scale; expected flowtrain.Foreign(",
-        "own.py:fails": "line 18: OSError: no weights",
-        "raises.py:flow": "raises.py: line 2: ModuleNotFoundError",
-        "wrong.py:flow": "wrong.py: line 1: SyntaxError",
+        "own.py:fails": f"OSError: no weights ({tmp_path}/own.py, line 18)",
+        "own.py:exits": f"own.py:exits: SystemExit: 0 ({tmp_path}/own.py, line ",
+        "raises.py:flow": f"no_such_package' ({tmp_path}/raises.py, line 2)",
+        "wrong.py:flow": "wrong.py: SyntaxError: invalid syntax (wrong.py, line 1)",
+        "moves.py:flow": "moves.py has no flow",
     }.items():
         quick("doctor", name, cwd=tmp_path).failed(2, words)
     for code, said, *words in (
         (2, "--weights ema", "doctor", "own.py:flow", "--weights", "ema"),
         (2, "data of shape (2, 1, 1)", "doctor", "own.py:flow", "data.name=two_moons"),
-        (1, "Light: KeyError: 'too many'", "evaluate", "own.py:light", "--num-images", 8),
+        (1, f"'too many' ({tmp_path}/own.py, line 23)", "evaluate", "own.py:light"),
+        (1, "Flat: IndexError", "evaluate", "own.py:flat", "--num-images", 1),
     ):
         quick(*words, cwd=tmp_path).failed(code, said)
     loaded = load_model(str(tmp_path / "own.py:flow"), torch.device("cpu"))

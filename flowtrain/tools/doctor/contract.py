@@ -16,7 +16,7 @@ from flowtrain.bijections import Bijection
 from flowtrain.bijections.base import Direction
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import call
-from flowtrain.errors import RunError, UserError, short
+from flowtrain.errors import RunError, UserError, raised
 from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.dequantize import Dequantizer
 from flowtrain.foreign.model import ForeignModel
@@ -215,7 +215,7 @@ def check_figure(
     true = float(each.mean())
     words, reason = "", ""
     if callable(own):
-        found, random_bits = (_own_figure(own, images) for images in (x, random))
+        found, random_bits = (_own_figure(flow, own, images) for images in (x, random))
         # The project draws its noise once. Student's t with 7 degrees of freedom is beyond 5.6 once
         # in 1,000 times.
         sure = ERRORS * float(each.mean(dim=1).std()) + 1e-4
@@ -240,12 +240,16 @@ def check_figure(
     notes.add("the project's bits/dim", distance, inputs=IMAGES, reason=reason)
 
 
-def _own_figure(own: Callable[[Tensor], Any], images: Tensor) -> float:
+def _own_figure(flow: ForeignModel, own: Callable[[Tensor], Any], images: Tensor) -> float:
+    device = flow.device
+    flow.to(flow.home)  # for which the project's function is written
     try:
         with seeded(0):
             return float(torch.as_tensor(own(images.clone())).mean())
     except Exception as error:
-        raise UserError(f"bits_per_dim: {type(error).__name__}: {short(error)}") from error
+        raise UserError(f"bits_per_dim: {raised(error)}") from error
+    finally:
+        flow.to(device)
 
 
 def _mistakes(

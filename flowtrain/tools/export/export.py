@@ -11,7 +11,7 @@ import flowtrain
 from flowtrain.checkpoints import about
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.errors import UserError
-from flowtrain.foreign.model import ForeignModel
+from flowtrain.foreign.file import is_foreign
 from flowtrain.system.random import Stream, generator
 from flowtrain.tools.export.formats import SUFFIX, Format, encoded, require_packages, runner
 from flowtrain.tools.export.graphs import graphs_of
@@ -45,11 +45,12 @@ def export(
 
     Raises:
         UserError: A package is missing, the likelihood is no graph, torch cannot translate it, or
-            the flow is of other code.
+            the flow is of other code or of images given a part of them.
         RunError: A file differs from torch.
     """
-    if isinstance(model.flow, ForeignModel):
+    if is_foreign(str(model.checkpoint.path)):
         raise UserError(f"{model.checkpoint.path}: a flow of other code, which is not exported")
+    model.flow.require_no_context(str(model.checkpoint.path))
     if to == "onnx":
         require_packages("--to onnx")
     flow, kind = model.flow, "test images"

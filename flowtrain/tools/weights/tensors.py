@@ -54,7 +54,7 @@ class Tensors:
                 f"{self.where}: {name} is {_words(tensor.shape)}, expected {_words(shape)}: it is "
                 f"of another architecture, or of other images (give its data as KEY=VALUE)"
             )
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not tensor.double().isfinite().all():
             raise UserError(f"{self.where}: {name} has values that are no finite real numbers")
         return self.left.pop(name).double()
 

@@ -11,6 +11,7 @@ import foreign_flows as flows
 import pytest
 import torch
 from cli_helpers import quick
+from fake_device import device_without_float64
 from foreign_flows import BINS, CONVOLUTION, COUPLING, GLOWS, LOG_PROBS, SCALE, SHAPE
 from helpers import REPOSITORY
 from torch import nn
@@ -18,6 +19,8 @@ from torch import nn
 import flowtrain
 from flowtrain.errors import UserError
 from flowtrain.foreign.contract import Foreign
+from flowtrain.foreign.model import ForeignModel
+from flowtrain.tools.doctor.contract import _own_figure
 from flowtrain.tools.doctor.findings import EXTREME, IMAGES
 
 pytestmark = pytest.mark.run
@@ -387,6 +390,9 @@ def test_what_is_no_fault():
     found = checked(of_images(Contrast)())
     assert found["forward pass", "flow", EXTREME].value == 2  # black and white
     assert found["forward pass", "", IMAGES].value == 0
+    masked = flows.Coupling()
+    masked.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
+    assert bad(checked(Foreign(masked, (2,)))) == {}
     found = checked(of_points(Elsewhere)())
     assert found["device", "flow", IMAGES].verdict == "watch"
     for scale in (0.0, math.nan):
@@ -445,6 +451,18 @@ def test_a_figure_without_a_distance():
     ):
         with pytest.raises(UserError, match=said):
             checked(of_images(Likely, bits_per_dim=figure)(), count, train=train)
+
+
+def test_the_figure_is_computed_where_the_file_has_the_flow():
+    """A project's function has a flow on the CPU, say, and `--device` another one."""
+    flow = flows.Coupling()
+    model = ForeignModel(Foreign(flow, (2,), BINS))
+    with device_without_float64() as device:
+        model.to(device)
+        assert (
+            _own_figure(model, lambda x: float(flow.net[0].weight.is_cpu), torch.zeros(4, 2)) == 1
+        )
+        assert model.device == flow.net[0].weight.device == device
 
 
 @pytest.mark.parametrize("library", GLOWS)

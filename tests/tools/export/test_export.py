@@ -181,8 +181,15 @@ def test_a_likelihood_that_is_no_graph(name, monkeypatch):
 def test_a_flow_of_other_code():
     base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
     flow = ForeignModel(Foreign(TransformedDistribution(base, [AffineTransform(0.5, 2.0)]), (2,)))
-    with pytest.raises(UserError, match="own.py:flow: a flow of other code"):
-        exporting.export(loaded(flow, path="own.py:flow"), "torch")
+    for each in (flow, a_model("nice").flow):
+        with pytest.raises(UserError, match="own.py:flow: a flow of other code"):
+            exporting.export(loaded(each, path="own.py:flow"), "torch")
+
+
+def test_a_model_of_images_given_a_part_of_them(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "glow", ({**GLOW, "context": "grey"}, {}, ALL))
+    with pytest.raises(UserError, match="tiny.safetensors: .* given the grey image"):
+        exporting.export(a_model("glow"), "torch")
 
 
 @pytest.mark.parametrize("to", ["onnx", "torch"])

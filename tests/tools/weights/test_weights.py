@@ -98,7 +98,7 @@ def without(part, **more):
     return lambda weights: {**{k: v for k, v in weights.items() if part not in k}, **more}
 
 
-LOC, ONE = "blocks.0.flows.0.actnorm.loc", torch.ones(1)
+LOC, ONE, FLOAT8 = "blocks.0.flows.0.actnorm.loc", torch.ones(1), torch.float8_e4m3fn
 ENTRIES = {"q0.1.loc": torch.arange(32.0).view(1, 2, 4, 4)}
 ENTRIES["q0.1.log_scale"] = torch.zeros(1, 2, 4, 4)
 REFUSALS = [
@@ -106,6 +106,7 @@ REFUSALS = [
     ("rosinality", changed(LOC, lambda t: t[:, :3]), "1x3x1x1, expected 1x4x1x1"),
     ("rosinality", changed(LOC, filled(math.nan)), "no finite real numbers"),
     ("rosinality", changed(LOC, torch.Tensor.int), "no finite real numbers"),
+    ("rosinality", changed(LOC, lambda t: (t * math.nan).to(FLOAT8)), "no finite real numbers"),
     ("rosinality", changed(LOC[:-3] + "initialized", filled(0)), "never trained"),
     ("rosinality", without("nothing", **{"a.b": ONE}), "has no tensor a.b"),
     ("rosinality", changed("blocks.1.prior.conv.bias", filled(9.0)), "at most 7.92"),
