@@ -90,7 +90,7 @@ def require_login(model: str) -> None:
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise UserError(f"{model}: uploading needs an account of the hub: {LOG_IN}")
+        raise UserError(f"{model}: uploading needs an account on the hub: {LOG_IN}")
 
 
 def upload(repository: str, files: Mapping[str, bytes], private: bool) -> str:

@@ -328,12 +328,11 @@ def require_absent(names: Iterable[str], out: Path) -> None:
     names = list(names)
     present = next((name for name in names if os.path.lexists(out / name)), None)
     if present is not None:
-        raise UserError(f"--out {out}: {shown(present)} is there already; give another folder")
+        raise UserError(f"--out {out}: {shown(present)} already exists; give another folder")
     for folder in {parent for name in names for parent in Path(name).parents}:
         if os.path.lexists(out / folder) and not (out / folder).is_dir():
             raise UserError(
-                f"--out {out}: {shown(str(folder))} is a file, and a folder is needed there; give "
-                f"another folder"
+                f"--out {out}: {shown(str(folder))} is a file, not a folder; give another folder"
             )
 
 

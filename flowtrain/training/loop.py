@@ -87,7 +87,7 @@ def fit(
                 reporting.bring_up_to_date(run, saved, config, state.flow, device)
             distributed.barrier()  # an error in writing has been raised by now
             advice = (
-                f"{run.last} is the last checkpoint, and good: the same command goes on from there"
+                f"{run.last} is the last checkpoint, and sound: the same command continues from it"
             )
             with (
                 torchrun.losing_a_process(advice),
@@ -101,7 +101,7 @@ def fit(
             return
         if not state.progress.finished:
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
-            console.print("the same command goes on from there")
+            console.print("the same command continues from there")
             raise Interrupted(stop.signum)
         reporting.require_finite_end(run, state.progress.step)
         reporting.announce_end(state, run)

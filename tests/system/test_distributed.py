@@ -335,7 +335,7 @@ def test_the_death_of_one_ends_the_others(victim, world, signum):
     os.kill(lost.pid, signal.Signals[signum])
     results = [process.result() for process in processes]
     lost.kill()
-    silent = f"heard nothing of process {victim} for 3 s"
+    silent = f"had no heartbeat from process {victim} for 3 s"
     killed = "has lost another process of this run: it was killed"
     message = silent if signum == "SIGSTOP" else killed
     all_failed(results, 1, message, "last.safetensors")

@@ -174,9 +174,9 @@ def test_a_folder_is_written_whole_or_not_at_all(there, tmp_path):
     write_folder(out, content())
     new = {out / "a.png", out / "inner", out / "inner" / "b.png"}
     assert set(tmp_path.rglob("*")) - before - {out} == new
-    with pytest.raises(UserError, match="'a.png' is there already"):
+    with pytest.raises(UserError, match="'a.png' already exists"):
         write_folder(out, [("a.png", b"")])
-    with pytest.raises(UserError, match="'a.png' is a file, and a folder is needed there"):
+    with pytest.raises(UserError, match="'a.png' is a file, not a folder"):
         write_folder(out, [("a.png/c", b"")])
 
 

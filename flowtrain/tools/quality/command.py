@@ -64,8 +64,8 @@ def quality(
     features: Annotated[
         Literal["inception", "mnist-cnn", "cifar-cnn"] | None,
         typer.Option(
-            help="The network whose features are compared: of the usual FID, or a small classifier "
-            "that comes with flowtrain. Figures of different networks are never comparable.",
+            help="The feature network: Inception, as in the usual FID, or a small classifier that "
+            "comes with flowtrain. Figures of different networks are never comparable.",
             show_default="the classifier for images of its shape, else inception",
         ),
     ] = None,
@@ -95,11 +95,11 @@ def quality(
 ) -> None:
     """How similar are samples to real images? FID, KID, precision, recall, density, coverage.
 
-    All compare features of a network. The classifiers that come with flowtrain need no
-    download, and their figures are comparable with each other alone. FID falls with the number of
-    samples, so compare equal numbers.
+    All compare features of a network. The classifiers that come with flowtrain need no download,
+    but their figures do not compare with the usual FID. FID falls with the number of samples, so
+    compare equal numbers.
 
-    torchrun shares the sampling out. If it is stopped, the same command continues it.
+    torchrun distributes the sampling. If it is stopped, the same command continues it.
     """
     import numpy as np
 
@@ -124,7 +124,7 @@ def quality(
     if not all(map(math.isfinite, drawn_with.values())):
         raise UserError("--temperature, --guidance: expected finite numbers")
     if images is not None and drawn_with != {"temperature": 1.0}:
-        raise UserError("--images: no samples are drawn; leave out how")
+        raise UserError("--images: not with options of sampling")
     known = figures.statistics_in(Path(against)) if against.endswith(".npz") else None
     if distributed.is_main():
         if known is None:

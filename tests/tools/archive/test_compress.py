@@ -282,7 +282,7 @@ def test_another_model_is_refused(model, tmp_path):
     with pytest.raises(UserError, match="its images are not of its model's shape and levels"):
         found.load(None, False)
     found.hash = "0" * archive.HASH_DIGITS
-    with pytest.raises(UserError, match="is another one.*say where it is with --model"):
+    with pytest.raises(UserError, match="is another one.*give its path by --model"):
         found.load(None, False)
 
 
@@ -294,7 +294,7 @@ def test_files_come_back_in_a_process_with_other_threads(tmp_path):
     shutil.copytree(run(), tmp_path / "run")
     flags = ["--split", "train", "--num-images", 20, "--out", "x/one.fta"]
     said = quick("compress", "run", *flags, cwd=tmp_path).ok().out
-    for words in ("the bound", "bytes as PNG", "bytes as WEBP", "with the flow they take more"):
+    for words in ("the bound", "bytes as PNG", "bytes as WEBP", "the flow makes them larger"):
         assert words in said
     assert "without a model" in said
     quick("decompress", "x/one.fta", "--out", "a/b", cwd=tmp_path, OMP_NUM_THREADS="2").ok()
