@@ -213,7 +213,7 @@ def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
         check_name(name := values["name"])
         unit = abs(float(vector.norm()) - 1) < 1e-3
         if not unit or not np.isfinite([values[key] for key in NUMBERS]).all():
-            raise UserError(f"{path}: {cut(name)}: its numbers are no direction")
+            raise UserError(f"{path}: {cut(name)}: its numbers are not a direction")
         if values["method"] not in METHODS or name in found or values["low"] >= values["high"]:
             raise UserError(f"{path}: {cut(name)}: it is not the description of a direction")
         found[name] = Direction(vector=vector, **values)

@@ -298,7 +298,7 @@ def check_names(names: Iterable[str]) -> None:
         raise ValueError("two files have the same name")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"{shown(name)} is no file name")
+            raise ValueError(f"{shown(name)} is not a file name")
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"{shown(name)} is not a plain relative path")
@@ -320,7 +320,7 @@ def _file_system_bytes(name: str) -> bytes:
     try:
         return os.fsencode(name)
     except UnicodeEncodeError:
-        raise ValueError(f"{shown(name)} is no file name") from None
+        raise ValueError(f"{shown(name)} is not a file name") from None
 
 
 def require_absent(names: Iterable[str], out: Path) -> None:

@@ -233,4 +233,6 @@ def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMe
             f"checkpoints are from before. Evidence: {evidence}. Lower train.lr, set "
             "train.clip_norm, or use more train.warmup_steps"
         )
-    console.print(f"back at step {state.progress.step}, with the learning rate times {lr_scale:g}")
+    console.print(
+        f"rolled back to step {state.progress.step}, with the learning rate times {lr_scale:g}"
+    )

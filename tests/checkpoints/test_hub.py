@@ -168,7 +168,7 @@ def test_the_hub_refuses(uploading, here, monkeypatch):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "hf://a/b: the repository has no model.safetensors, so it is none of flowtrain"),
+        (None, "hf://a/b: the repository has no model.safetensors, so it is not from flowtrain"),
         (MODEL[:-1] + b"!", "models--a--b/.*/model.safetensors: damaged: its bytes do not match"),
     ],
     ids=["nothing", "damaged"],
@@ -211,7 +211,7 @@ def test_names_on_the_hub():
         *("hf://a", "hf://", "a/b/c", "a/b@", "../b", "a/..", "a/b@../../x", "a--b/c", "a/b.git"),
         *("/a/b", "a/b ", "a/b\n", "hf:/a/b", "\xe9/b", "a/b@/x", "a/b@x..y"),
     ):
-        with pytest.raises(UserError, match="no name on the hub"):
+        with pytest.raises(UserError, match="not a hub name"):
             hub_models.address(text)
 
 

@@ -299,7 +299,7 @@ def test_steps_that_are_not_finite():
     options = sets(train__lr=1e39, train__warmup_steps=0, train__max_non_finite=1)
     results = together(2, "train", *ALL, *parts(16), *options, "--run-dir", "r")
     all_failed(results, 1, "2 steps not finite (train.max_non_finite: 1)")
-    assert "back at step 0, with the learning rate times 0.5" in results[0].out
+    assert "back to step 0, with the learning rate times 0.5" in results[0].out
     assert len(list(Path("r").glob("non-finite-*.json"))) == 2
     assert checkpoint_format.read(last(Path("r"))).meta["progress"]["non_finite"] == 2
 
