@@ -72,7 +72,7 @@ def push(
     """Upload a model to the Hugging Face Hub: weights, configuration, pictures, and a page.
 
     Anyone can then use it as the MODEL hf://USER/NAME. The files are written to a folder first.
-    Uploading needs the package huggingface_hub and an account (`hf auth login`).
+    Uploading needs the extra hf and an account (`hf auth login`).
     """
     from flowtrain.checkpoints import about, hub
     from flowtrain.checkpoints.load import run_of

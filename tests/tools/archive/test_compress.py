@@ -317,7 +317,7 @@ def test_files_come_back_in_a_process_with_other_threads(tmp_path):
 def test_copies_of_the_models_size_come_back(tmp_path):
     picture(tmp_path / "in" / "wide.png", (20, 10), "RGB", 200)
     said = quick("compress", run(), "in", "--fit", "--out", "a.fta", cwd=tmp_path).ok().out
-    assert "packing copies of 8x8 L with 17 levels (data.resize: crop): these come back" in said
+    assert "packing copies of 8x8 L with 17 levels (data.resize: crop): decompress" in said
     quick("decompress", "a.fta", "--out", "out", cwd=tmp_path).ok()
     found = np.asarray(Image.open(tmp_path / "out" / "in" / "wide.png"))
     assert found.shape == (8, 8) and (found == 13 * 255 // 16).all()
