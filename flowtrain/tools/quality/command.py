@@ -20,6 +20,7 @@ from flowtrain.cli.base import (
     output,
     print_table,
     require_file,
+    require_folder,
     write_json,
 )
 from flowtrain.errors import UserError
@@ -125,6 +126,9 @@ def quality(
         raise UserError("--temperature, --guidance: expected finite numbers")
     if images is not None and drawn_with != {"temperature": 1.0}:
         raise UserError("--images: not with options of sampling")
+    if images is None:
+        folder = samples.folder_of(loaded, seed, **drawn_with)
+        require_folder(folder, folder, "samples")
     known = figures.statistics_in(Path(against)) if against.endswith(".npz") else None
     if distributed.is_main():
         if known is None:
@@ -138,7 +142,6 @@ def quality(
             )
         figures.require_enough(num_images if images is None else len(x), len(y.mu), name)
     if images is None:
-        folder = samples.folder_of(loaded, seed, **drawn_with)
         with ProgressBar("sampling") as bar:
             x = samples.draw(loaded, num_images, folder, seed, bar, **drawn_with)
     if not distributed.is_main():
