@@ -179,7 +179,7 @@ def _parse(path: Path, data: bytes) -> Checkpoint:
     # The file is as somebody wrote it, but perhaps not with `write`.
     invalid = f"{path}: not a valid checkpoint"
     if not isinstance(described, str):
-        raise UserError(f"{invalid}: its description is no text")
+        raise UserError(f"{invalid}: its description is not text")
     origin = checked(Origin, described, invalid)
     if origin.format != FORMAT:
         version = cut(origin.versions.get("flowtrain", "?"))

@@ -40,7 +40,7 @@ def address(text: str) -> Address:
     """Reads `user/name` or `user/name@revision`, with or without `hf://`. Raises `UserError`."""
     found = ADDRESS.fullmatch(text.removeprefix(PREFIX))
     if found is None or "--" in found[1] or ".." in text or found[1].endswith(".git"):
-        raise UserError(f"{cut(text)}: no name on the hub: expected hf://user/name or user/name")
+        raise UserError(f"{cut(text)}: not a hub name: expected hf://user/name or user/name")
     return Address(found[1], found[2])
 
 
@@ -90,7 +90,7 @@ def require_login(model: str) -> None:
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise UserError(f"{model}: uploading needs an account of the hub: {LOG_IN}")
+        raise UserError(f"{model}: uploading needs an account on the hub: {LOG_IN}")
 
 
 def upload(repository: str, files: Mapping[str, bytes], private: bool) -> str:
@@ -147,7 +147,7 @@ def _explaining(model: str) -> Iterator[None]:
         ) from None
     except errors.EntryNotFoundError:
         raise UserError(
-            f"{model}: the repository has no {FILE}, so it is none of flowtrain push"
+            f"{model}: the repository has no {FILE}, so it is not from flowtrain push"
         ) from None
     except errors.GatedRepoError:
         raise UserError(f"{model}: its owner has to give you access: ask on its page") from None
@@ -160,7 +160,7 @@ def _explaining(model: str) -> Iterator[None]:
         status = error.response.status_code
         if status in (401, 403):
             raise UserError(f"{model}: the hub does not allow it ({said}): {LOG_IN}") from None
-        raise RunError(f"{model}: the hub answers {status} ({said})") from None
+        raise RunError(f"{model}: the hub returned {status} ({said})") from None
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # of the cache
             raise

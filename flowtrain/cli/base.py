@@ -58,7 +58,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             Path.cwd()  # libraries crash without one
         except OSError as error:
-            fail(f"the working directory: {error.strerror}; go to another", exit_code(error))
+            fail(f"the working directory: {error.strerror}; use another", exit_code(error))
         try:
             function(*args, **kwargs)
         except (Interrupted, EndedElsewhere) as ended:  # the reason was printed before
@@ -153,8 +153,8 @@ ModelArgument = Annotated[
         metavar="MODEL",
         autocompletion=complete_model,
         help="A checkpoint, a run directory (its best checkpoint, else its last), a trained model "
-        "of `flowtrain list`, hf://user/name on the Hugging Face Hub, or FILE.py:NAME, a flow of "
-        "other code, which is then run. By default, the newest run in runs/.",
+        "of `flowtrain list`, hf://user/name on the Hugging Face Hub, or FILE.py:NAME, a flow in a "
+        "Python file, which is run. By default, the newest run in runs/.",
     ),
 ]
 DeviceOption = Annotated[
@@ -170,8 +170,7 @@ BatchSizeOption = Annotated[
     typer.Option(
         min=1,
         metavar="B",
-        help="Images per batch. It changes the rounding alone: an image's likelihood by about "
-        "1e-6 bits/dim.",
+        help="Images per batch. It affects only rounding, by about 1e-6 bits/dim for an image.",
     ),
 ]
 ScoresOption = Annotated[
@@ -183,8 +182,7 @@ ScoresOption = Annotated[
 WeightsOption = Annotated[
     Literal["ema", "raw"] | None,
     typer.Option(
-        help="Use the averaged or the raw weights.",
-        show_default="ema where the checkpoint has them",
+        help="Use the averaged or the raw weights.", show_default="ema if the checkpoint has them"
     ),
 ]
 TrustOption = Annotated[
@@ -197,21 +195,21 @@ MirrorOption = Annotated[
     bool,
     typer.Option(
         "--mirror",
-        help="Use the mixture of each image and its mirror image, for a model trained with flips "
-        "(data.flip), or of all orders of the model (model.orders). Likelihoods are the mean of "
-        "all, in a pass each. Samples take one at random. Archives have the likeliest.",
+        help="Use the mixture over an image and its mirror image, for a model trained with flips "
+        "(data.flip), or over all orders of the model (model.orders). Likelihoods average them, "
+        "one pass each. Samples pick one at random. Archives store the likeliest.",
     ),
 ]
 Split = Literal["test", "validation", "train"]
 SplitOption = Annotated[
-    Split | None, typer.Option(help="Which images of the data set.", show_default="test")
+    Split | None, typer.Option(help="The split of the data set.", show_default="test")
 ]
 JsonOption = Annotated[
     str | None,
     typer.Option(
         "--json",
         metavar="FILE|-",
-        help="Where the result goes; - is standard output.",
+        help="File for the result; - is standard output.",
         show_default="a file in the run",
     ),
 ]
@@ -256,8 +254,8 @@ class SettingOptions:
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Override keys of the configuration: train.lr=5e-4, or data.root=DIR where the "
-            "data of a trained model have moved.",
+            help="Override keys of the configuration: train.lr=5e-4, or data.root=DIR if the data "
+            "of a trained model have moved.",
             autocompletion=_complete_key,
         ),
     ] = None
@@ -427,9 +425,7 @@ def data_config(
 
     for text in settings or []:
         if not text.startswith("data."):
-            raise UserError(
-                f"--set {cut(text)}: only keys of data can be set; the model is trained"
-            )
+            raise UserError(f"--set {cut(text)}: a trained model takes only keys of data")
         if dataset not in (None, loaded.config.data.name) and text.startswith(NAMES_OF_DATA):
             raise UserError(f"--set {cut(text)}: --data {dataset} names the data; leave one out")
     values = copy.deepcopy(loaded.checkpoint.meta["config"])

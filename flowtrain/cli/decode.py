@@ -34,16 +34,16 @@ def decode(
         Path,
         typer.Option(
             metavar="FOLDER|FILE.npz",
-            help="Where the images go: a PNG file for each, or all in one file.",
+            help="A folder for one PNG file per image, or one file for all.",
         ),
     ],
     weights: WeightsOption = None,
     trust_code: TrustOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Turn latents back into images. Those that encode has written come back exactly.
+    """Decode latents into images. Latents from encode restore the images exactly.
 
-    Latents that were changed are decoded as they are. Points go into a FILE.npz.
+    Edited latents are decoded, too. Points need --out FILE.npz.
     """
     from flowtrain.latents import encoding, files
     from flowtrain.pictures import sample

@@ -41,7 +41,7 @@ def encode(
     *,
     options: DataOptions,
 ) -> None:
-    """Turn images into latents: one array for each level, from which decode gives them back.
+    """Encode images as latents, one array per level. decode restores the images.
 
     Before the file is written, all latents are decoded, and every pixel is compared.
     """
@@ -52,7 +52,7 @@ def encode(
 
     check_suffix(out, (".npz",))
     if images and (dataset is not None or split is not None):
-        raise UserError("--images: give either these, or --data and --split")
+        raise UserError("--images: not with --data or --split")
     if not images and dataset is None and split is None:
         raise UserError("give the images: --images FILE|FOLDER, --split test, or --data NAME")
     loaded = options.load_model()
@@ -74,7 +74,7 @@ def encode(
     )
     console.print(f"wrote {out}: the latents of {len(z)} images, {levels} for each")
     console.print(
-        "decoded, every pixel comes back"
+        "decoding restores every pixel"
         if loaded.flow.num_bins is not None
-        else f"decoded, the points come back within {error:.1e}"
+        else f"decoding restores the points within {error:.1e}"
     )

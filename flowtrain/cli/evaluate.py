@@ -40,10 +40,7 @@ def evaluate(
     num_images: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            metavar="N",
-            help="Only N of the images, a sample by the seed.",
-            show_default="all",
+            min=1, metavar="N", help="Only a random sample of N images.", show_default="all"
         ),
     ] = None,
     draws: Annotated[
@@ -51,8 +48,8 @@ def evaluate(
         typer.Option(
             min=1,
             metavar="K",
-            help="Draws of the dequantization noise. Above 1, the bound is importance-weighted. "
-            "With Gaussian noise they give a mean.",
+            help="Draws of dequantization noise. Above 1, the bound is importance-weighted. "
+            "With Gaussian noise, they are averaged.",
         ),
     ] = 1,
     seed: SeedOption = 0,
@@ -63,12 +60,11 @@ def evaluate(
     *,
     options: DataOptions,
 ) -> None:
-    """Measure bits per dimension of a data set's split in float32, with the standard error.
+    """Measure bits per dimension on a split in float32, with the standard error.
 
-    By default it is the test split of the data that the model was trained on; of a folder without
-    test/ or a file without x_test, it is all images. Image files are brought to the model's size
-    and levels. A model trained with Gaussian noise has no bits/dim: its mean log-density of noisy
-    images is in nats/dim.
+    The default is the test split of the model's own data. A folder without test/, or a file without
+    x_test, is used whole. Image files are brought to the model's size and levels. A model trained
+    with Gaussian noise has no bits/dim. Its mean log-density of noisy images is in nats/dim.
     """
     from flowtrain.evaluation import evaluate as evaluation
     from flowtrain.system import distributed
@@ -112,8 +108,8 @@ def evaluate(
     if bad := result.non_finite_indices:
         which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         raise RunError(
-            f"{len(bad)} of {result.num_images} images have a likelihood that is not finite: "
-            f"those at {which}"
+            f"{len(bad)} of {result.num_images} images have a non-finite likelihood: "
+            f"indices {which}"
         )
 
 
@@ -147,7 +143,7 @@ def _print(result: "Evaluation") -> None:
     }
     table: dict[str, object] = {"likelihood": bounds[result.bound]}
     if result.sides > 1:
-        table["of which side"] = f"any: {mixture(result.sides)}"
+        table["mixture"] = mixture(result.sides)
     if result.given is not None:
         table["conditional on"] = f"{result.given}: not comparable with figures of whole images"
     if result.loss_stderr_draws is not None:
@@ -159,7 +155,7 @@ def _print(result: "Evaluation") -> None:
     if result.levels is not None:
         table["nats per image"] = figure(result.nats_per_image, result.nats_per_image_stderr, ".1f")
     if result.classes is not None:
-        table["of which class"] = f"any: the mean over {result.classes} equally likely classes"
+        table["class"] = f"unknown: the mean over {result.classes} equally likely classes"
     if result.loss_given_class is not None:
         table["given the class"] = f"{result.loss_given_class:.3f} {result.unit}"
     if result.accuracy is not None:
@@ -167,7 +163,7 @@ def _print(result: "Evaluation") -> None:
     if equal := result.duplicates_of_training:
         console.print(f"{equal:,} of {result.num_images:,} images are equal to a training image")
     for name, count in (
-        ("equal to an earlier one", result.duplicates),
+        ("equal to earlier images", result.duplicates),
         ("not finite", result.non_finite_images),
     ):
         if count:
@@ -177,7 +173,7 @@ def _print(result: "Evaluation") -> None:
     levels = "" if result.levels is None else f", {result.levels} levels"
     table["data"] = f"{result.dataset}: {result.dims} dimensions{levels}"
     if result.edition is not None:
-        table["which of these data"] = result.edition
+        table["version of the data"] = result.edition
     table["model"] = f"{result.checkpoint}: step {result.step:,}, {result.weights} weights"
     table["sampling"] = result.sampling
     print_table(table)

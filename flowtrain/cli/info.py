@@ -30,9 +30,9 @@ def info(
     ] = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """Say what a model or a configuration is: data, shape, parameters, figures, versions, size.
+    """Describe a model or a configuration: data, shape, parameters, figures, versions, size.
 
-    Where a trained model and a configuration have one name, it means the model, and NAME.yaml the
+    If a trained model and a configuration share a name, NAME is the model and NAME.yaml the
     configuration.
     """
     from flowtrain.checkpoints import zoo

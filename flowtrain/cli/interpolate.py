@@ -45,23 +45,22 @@ def interpolate(
         typer.Option(
             min=0,
             metavar="B",
-            help="Move images to this class, by the mean latents of both, or by the prior of each "
-            "class in a class-conditional model.",
+            help="Move images to this class, by the mean latents of both, or by the class priors "
+            "of a class-conditional model.",
         ),
     ] = None,
     along: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME",
-            help="Move images along an attribute that `flowtrain attributes` has found.",
+            metavar="NAME", help="Move images along an attribute from `flowtrain attributes`."
         ),
     ] = None,
     strength: Annotated[
         float,
         typer.Option(
             metavar="S",
-            help="How far --along goes: 1 to the mean of images with the attribute, -1 to the mean "
-            "of those without it.",
+            help="Distance of --along: 1 is the mean of images with the attribute, -1 the mean of "
+            "images without it.",
         ),
     ] = 1.0,
     stop: Annotated[
@@ -91,14 +90,14 @@ def interpolate(
     *,
     options: DataOptions,
 ) -> None:
-    """Walk between images through the latent space. Images of the data come back exactly.
+    """Interpolate between images in latent space. Images of the data are restored exactly.
 
     The ends are two images of your own, or random pairs of test images. With --from-class and
     --to-class, the first test images of one class move to another one. With --along, images move
     along an attribute.
 
-    A path along an attribute stops before an image that is less likely than 99% of the test images,
-    and for a path to a class it is said how many pass such images.
+    A path along an attribute stops before an image that is less likely than 99% of the test images.
+    For paths to a class, the number that pass such images is printed.
     """
     import torch
 
@@ -151,7 +150,7 @@ def interpolate(
         limit = float(flow.loss(torch.tensor(lowest)))
         console.print(
             f"{early} of {len(counts)} paths {'stop before' if stays else 'pass'} images that are "
-            f"less likely than 99% of the test images, which is at {limit:.3f} {flow.kind.unit}"
+            f"less likely than 99% of the test images (above {limit:.3f} {flow.kind.unit})"
             + ("; --no-stop shows them" if stays and early else "")
         )
     if suffix == ".gif":
@@ -178,9 +177,9 @@ def _check(
     if files is not None and str(files[1]).startswith("-"):  # the next option
         raise UserError(f"--images {files[0]} {files[1]}: expected two image files, A B")
     if (from_class is None) != (to_class is None):
-        raise UserError("--from-class and --to-class: one is of no use without the other")
+        raise UserError("--from-class and --to-class: give both")
     if from_class is not None and files is not None:
-        raise UserError("--images: with --from-class the images are of that class")
+        raise UserError("--images: not with --from-class, which takes test images")
     if along is not None and from_class is not None:
         raise UserError("--along and --from-class: give one of the two")
     if along is not None and files is not None:

@@ -47,8 +47,7 @@ def sample(
         typer.Option(
             min=0,
             metavar="T",
-            help="Sampling temperature; repeatable, one row or block each. 0 is the mode of the "
-            "base.",
+            help="Sampling temperature; repeatable, one row or block each. 0 is the base's mode.",
             show_default="1.0",
         ),
     ] = None,
@@ -64,15 +63,15 @@ def sample(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="For a model of images given a part of them (model.context): the small image to "
-            "enlarge, or an image that is made small or grey first.",
+            help="For a conditional model (model.context): a small image to enlarge, or any image, "
+            "which is first reduced or made grey.",
             show_default="8 test images",
         ),
     ] = None,
     method: Annotated[
         Literal["sequential", "jacobi"],
         typer.Option(
-            help="For TarFlow, MAF: one entry after the other, or all at once until none changes."
+            help="For TarFlow, MAF: entry by entry, or all in parallel until none changes."
         ),
     ] = "sequential",
     guidance: Annotated[
@@ -80,8 +79,8 @@ def sample(
         typer.Option(
             min=0,
             metavar="W",
-            help="Move samples away from those without a class, by classifier-free guidance. 0 "
-            "changes nothing. Needs a model trained with model.label_dropout.",
+            help="Weight of classifier-free guidance, which makes samples more typical of their "
+            "class. 0 is none. Needs a model trained with model.label_dropout.",
             show_default="none",
         ),
     ] = None,
@@ -89,7 +88,7 @@ def sample(
         bool,
         typer.Option(
             "--denoise",
-            help="Take the noise away, in one step. Needs a model trained with Gaussian noise.",
+            help="Remove the noise in one step. Needs a model trained with Gaussian noise.",
         ),
     ] = False,
     stages: Annotated[
@@ -113,7 +112,7 @@ def sample(
     *,
     options: DataOptions,
 ) -> None:
-    """Draw images from a trained flow. The same seed gives the same images, however many there are.
+    """Draw images from a trained flow. The same seed gives the same images for any --num-images.
 
     Points of the plane or the sphere are shown beside the data and the log-density. Below, a row
     shows how the flow carries the base density to the data, layer by layer. --stages is such a
@@ -184,7 +183,7 @@ def sample(
     if sigma is not None and denoise:
         console.print(f"denoised: one step x + sigma^2 grad log p(x), where sigma is {sigma:g}")
     elif sigma is not None:
-        console.print(f"noisy images, as in training (sigma {sigma:g}): --denoise takes it away")
+        console.print(f"noisy images, as in training (sigma {sigma:g}); --denoise removes it")
 
 
 def _draw_stages(num: int, seed: int, out: Path | None, options: DataOptions) -> None:

@@ -93,8 +93,7 @@ def train(
         Literal["likelihood", "pictures", "latents"] | None,
         typer.Option(
             "--for",
-            help="With DATA: the best bits/dim, the best samples, or latents to edit and to walk "
-            "through.",
+            help="With DATA: the best bits/dim, the best samples, or latents for edits and paths.",
             show_default="likelihood",
         ),
     ] = None,
@@ -110,16 +109,16 @@ def train(
         str,
         typer.Option(
             metavar="auto|never|CHECKPOINT",
-            help="auto goes on from the last checkpoint in the run directory; never refuses a "
-            "directory that holds a run.",
+            help="auto continues from the last checkpoint in the run directory; never refuses a "
+            "directory with a run.",
         ),
     ] = "auto",
     extend: Annotated[
         bool,
         typer.Option(
             "--extend",
-            help="Go on with the run in the run directory, finished or not, with the length and "
-            "the other settings of training that this command gives. It prints the changes.",
+            help="Continue the run in the run directory, finished or not, with the length and the "
+            "training settings of this command. Changes are printed.",
         ),
     ] = False,
     init_from: Annotated[
@@ -139,25 +138,23 @@ def train(
             max=1,
             metavar="SHARE",
             help="Pause after this share of the run's length, with a validation. The same command "
-            "with a larger share goes on as if it had not paused.",
+            "with a larger share continues as if it had not paused.",
         ),
     ] = 1.0,
     device: DeviceOption = "auto",
     *,
     settings: SettingOptions,
 ) -> None:
-    """Train a flow. If the run was stopped, the same command goes on from there.
+    """Train a flow. The same command resumes a stopped run.
 
-    DATA (a folder of images, a data set, or an .npz file) in place of --config chooses a
-    configuration for it, for the time in --budget and the purpose in --for.
+    For DATA (a folder of images, a data set, or an .npz file) in place of --config, a configuration
+    is chosen that suits the data, --budget and --for.
     """
     from flowtrain import config as configuration
     from flowtrain.system.device import mention_slow_bf16
 
     if extend and resume != "auto":
-        raise UserError(
-            f"--extend: goes on from the last checkpoint, so not with --resume {resume}"
-        )
+        raise UserError(f"--extend: uses the last checkpoint, so not with --resume {resume}")
     data, settings.settings = _data_and_settings(settings.settings or [], config)
     words = settings.words("; a configuration is named by --config")
     target = device_of(device)
@@ -227,7 +224,7 @@ def _print_cost(cost: "Cost", train: "Train", device: "torch.device") -> None:
         )
     console.print(
         f"checkpoints: {memory.copy_bytes / MIB:,.0f} MiB of the host's memory for a copy, which "
-        f"is written while training goes on"
+        f"is written during training"
         if memory.copy_bytes
         else "checkpoints: no memory for a copy, so training waits while one is written"
     )

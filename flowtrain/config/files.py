@@ -40,7 +40,7 @@ def parse(
         if "." in name and not trust_code:
             raise UserError(
                 f"{where}: {base.section}.name is {shown(name)}, a module outside flowtrain; "
-                f"loading it runs its code. If you trust it, say --trust-code"
+                f"loading it runs its code. If you trust it, add --trust-code"
             )
         sections[base.section] = component_schema(base, name)
     # A section that is left out is checked like an empty one.

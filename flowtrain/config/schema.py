@@ -87,11 +87,11 @@ class Data(Component):
     )
     validation: NonNegativeFloat = Field(
         0.1,
-        description="How many training images are held out for model selection: a count, or a "
+        description="Number of training images held out for model selection: a count, or a "
         "fraction below 1.",
     )
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="Seed that chooses which images are held out. It is independent of `seed`."
+        0, description="Seed of the choice of held-out images. It is independent of `seed`."
     )
     n_bits: Annotated[int, Field(ge=1, le=8)] = Field(
         8,
@@ -108,7 +108,7 @@ class Data(Component):
     max_in_memory: NonNegativeFloat = Field(
         4.0,
         description="Largest training set in GiB that is held on the device. Threads read a larger "
-        "one as it is needed. On a CPU, mapped files are never held.",
+        "one as needed. On a CPU, mapped files are never held.",
     )
     workers: Annotated[int, Field(ge=0, le=1000)] = Field(
         2, description="Number of threads that read a training set not held on the device."
@@ -134,9 +134,9 @@ class Model(Component):
     )
     classes: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0,
-        description="Number of classes. Each has its own prior (`class_prior`), or the "
-        "networks of a causal flow see it. 0 trains without labels. The training loss is of "
-        "an image given its class. Validation and evaluation report the image alone.",
+        description="Number of classes. Each has its own prior (`class_prior`), or is an input of "
+        "the networks (causal, jet, tarflow). 0 trains without labels. The training loss is of an "
+        "image given its class. Validation and evaluation are of the image alone.",
     )
     class_prior: Literal["coarsest", "all"] = Field(
         "coarsest",
@@ -145,19 +145,19 @@ class Model(Component):
     )
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="Probability with which an image loses its label in training, for models whose "
-        "networks see the class. They then also know images without a class, which "
+        description="Probability that an image loses its label in training, for models whose "
+        "networks see the class. They then also learn images without a class, which "
         "`sample --guidance` needs; 0.1 is usual. Validation and evaluation still report the mean "
         "over the classes.",
     )
     context: Literal["none", "downsample", "grey"] = Field(
         "none",
-        description="What all networks see of the image itself, so that the model is of images "
-        "given that: nothing, the image at a fraction of its sides (super-resolution), or its "
-        "brightness (colorization). All likelihoods are then conditional on it.",
+        description="Part of the image that is an input of all networks: none, the image with "
+        "shorter sides (super-resolution), or its brightness (colorization). All likelihoods are "
+        "then conditional on it.",
     )
     context_factor: Literal[2, 4] = Field(
-        2, description="How many times shorter the sides of a `downsample` context are."
+        2, description="Factor by which the sides of a `downsample` context are shorter."
     )
 
 
@@ -166,9 +166,9 @@ class Dequantization(Section):
 
     name: Literal["uniform", "variational", "gaussian"] = Field(
         "uniform",
-        description="The noise that is added: uniform, or variational, where a flow that sees the "
-        "image draws it. `gaussian` is for pictures: the model is then a density of noisy images, "
-        "and has no bits/dim.",
+        description="The noise that is added: uniform, or variational, from a flow given the "
+        "image. `gaussian` is for pictures: the model is then a density of noisy images, and has "
+        "no bits/dim.",
     )
     sigma: Annotated[float, Field(gt=0, le=1)] = Field(
         0.05,
@@ -185,10 +185,10 @@ class Dequantization(Section):
     )
     transform: Literal["center", "logit"] = Field(
         "center",
-        description="What follows the noise: `center` subtracts 1/2, `logit` applies the logit.",
+        description="Transform after the noise: `center` subtracts 1/2, `logit` is the logit.",
     )
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.05, description="How far the logit stays from 0 and 1."
+        0.05, description="Margin of the logit at 0 and 1."
     )
 
 
@@ -273,7 +273,7 @@ class Train(Section):
     optimizer: Literal["adam", "adamw", "adamax", "muon"] = Field(
         "muon",
         description="The optimizer. `muon` uses Muon for the weights of the conditioners that are "
-        "matrices, and AdamW for the rest. In a planar flow, that is all.",
+        "matrices, and AdamW for the rest. A planar flow has only the rest.",
     )
     weight_decay: NonNegativeFloat = Field(
         0.0,
@@ -282,22 +282,22 @@ class Train(Section):
     )
     clip_norm: NonNegativeFloat = Field(
         50.0,
-        description="Largest norm of the gradient. 0 does not clip. The default acts on outliers "
-        "alone.",
+        description="Largest norm of the gradient. 0 does not clip. The default acts only on "
+        "outliers.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of the conditioners. The rest of the flow is float32."
     )
     memory: Literal["store", "checkpoint", "reversible"] = Field(
         "store",
-        description="What is kept for the backward pass: `store` keeps all activations, "
-        "`checkpoint` keeps the inputs of the layers, and `reversible` keeps only the output, from "
-        "which the inverse computes them again.",
+        description="Memory for the backward pass: `store` keeps all activations, `checkpoint` "
+        "keeps the inputs of the layers, and `reversible` keeps only the output, from which the "
+        "inverse recomputes them.",
     )
     compile: Annotated[Literal["off", "layers", "step"], BeforeValidator(_off)] = Field(
         "off",
-        description="What `torch.compile` compiles: nothing, the layers that have a network (those "
-        "of one shape share the code), or the whole forward and backward pass of a step. The first "
+        description="Use of `torch.compile`: off, for the layers with a network (those of one "
+        "shape share the code), or for the whole forward and backward pass of a step. The first "
         "batch is compared with the computation without it.",
     )
     cuda_graph: bool = Field(

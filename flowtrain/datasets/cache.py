@@ -210,7 +210,7 @@ def filled(target: Path, source: Source, shape: Shape) -> tuple[np.ndarray, dict
             raise disk_full(target.parent, error) from None
         raise UserError(
             f"the image cache {target.parent} cannot be written ({short(error)}): set the "
-            "environment variable FLOWTRAIN_CACHE to a folder that can"
+            "environment variable FLOWTRAIN_CACHE to another folder"
         ) from None
 
 

@@ -154,7 +154,7 @@ def _on_disk(path: Path, wanted: str, option: str) -> Any:
 
 def _from_hub(repository: str, subset: str | None, revision: str | None, wanted: str) -> Any:
     if not NAME.fullmatch(repository):
-        raise UserError(f"data.repository: {cut(repository)} is no name on the hub, OWNER/NAME")
+        raise UserError(f"data.repository: {cut(repository)} is not a hub name, OWNER/NAME")
     if Path(repository).exists():  # the package would load it instead
         raise UserError(
             f"data.repository: {repository} is also a file or folder here: start in another folder "
@@ -175,7 +175,7 @@ def _require_columns(rows: Any, image: str, label: str | None) -> None:
     for option, column, there, content in wanted:
         if column is not None and column not in there:
             raise UserError(
-                f"data.{option}: {cut(column)} is no column of {content}; there is "
+                f"data.{option}: {cut(column)} is not a column of {content}; there is "
                 f"{cut(', '.join(there)) or 'none'}"
             )
 

@@ -58,9 +58,7 @@ def evaluate(
     flow = model.flow
     if flow.exact and draws > 1:
         of = "real-valued data" if flow.kind.exact else model.config.model.name
-        raise UserError(
-            f"--draws {draws}: the likelihood of {of} is exact, there is nothing to draw"
-        )
+        raise UserError(f"--draws {draws}: the likelihood of {of} is exact, so leave it out")
     data.require(flow.shape, flow.num_bins, model.checkpoint.path)
     with distributed.main_process_first():
         split = data.split(split_name)

@@ -74,8 +74,8 @@ class HeatMaps:
             places, _ = by_place(flow, x, noise, labels)
             if not places:
                 raise UserError(
-                    "heat maps: the model has layers that mix all places, or one without terms by "
-                    "place; glow, realnvp and causal have them"
+                    "heat maps: a layer of the model mixes all pixels, or its likelihood has no "
+                    "terms per pixel; use glow, realnvp or causal"
                 )
             yield -merged(places, flow.shape[1:]).numpy()
 

@@ -174,7 +174,7 @@ def check_name(name: str) -> None:
     if not name or name != cut(name, LONGEST_NAME) or name[0] == "-":
         raise UserError(
             f"{cut(name)!r} cannot be the name of an attribute: give at most {LONGEST_NAME} "
-            f"printable characters, of which the first is no '-'"
+            f"printable characters, not beginning with '-'"
         )
 
 
@@ -213,7 +213,7 @@ def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
         check_name(name := values["name"])
         unit = abs(float(vector.norm()) - 1) < 1e-3
         if not unit or not np.isfinite([values[key] for key in NUMBERS]).all():
-            raise UserError(f"{path}: {cut(name)}: its numbers are no direction")
+            raise UserError(f"{path}: {cut(name)}: its numbers are not a direction")
         if values["method"] not in METHODS or name in found or values["low"] >= values["high"]:
             raise UserError(f"{path}: {cut(name)}: it is not the description of a direction")
         found[name] = Direction(vector=vector, **values)
@@ -250,7 +250,7 @@ def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
         if path.exists() and not before:
             its = "".join(filter(str.isalnum, str(ArrayFile(path).read("model", "U", ()))))
             path.rename(aside := path.with_stem(f"{path.stem}-{its[:8]}"))
-            log.warning("%s was of other weights, and is now %s", path, aside)
+            log.warning("%s was of other weights: renamed to %s", path, aside)
         after = before | {each.name: each for each in found}
         save(path, list(after.values()), model_hash(model))
     return after
@@ -260,7 +260,7 @@ def named(model: LoadedModel, name: str) -> Direction:
     """The attribute of this name. Raises `UserError` if the model has none."""
     known = existing(model)
     if name not in known:
-        there = ", ".join(sorted(known)) or "none; `flowtrain attributes` finds some"
+        there = ", ".join(sorted(known)) or "none; `flowtrain attributes` makes some"
         raise UserError(
             f"{cut(name)}: no such attribute of {model.checkpoint.path} (there are: {cut(there)})"
             f"{did_you_mean(name, known)}"

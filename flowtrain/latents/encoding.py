@@ -53,8 +53,8 @@ def difference(flow: Flow, x: Tensor, back: Tensor, names: Sequence[str]) -> flo
     if different.any():
         first = int(different.gt(0).long().argmax())
         raise RunError(
-            f"{cut(names[first])}: {int(different[first])} of {flow.dims} values do not come back, "
-            f"and of {int(different.gt(0).sum())} of {len(x)} images: nothing is written"
+            f"{cut(names[first])}: {int(different[first])} of {flow.dims} values are not restored, "
+            f"nor are {int(different.gt(0).sum())} of {len(x)} images: nothing is written"
         )
     return 0.0
 
@@ -95,9 +95,7 @@ def read_points(paths: Sequence[Path], model: LoadedModel) -> Tensor:
     `(N, C, 1, 1)`. Raises `UserError` that names the file if these are no finite points.
     """
     if len(paths) != 1 or paths[0].suffix.lower() not in (".npy", ".npz"):
-        raise UserError(
-            f"--images {paths[0]}: the model is of points: give one .npy or .npz file of them"
-        )
+        raise UserError(f"--images {paths[0]}: the model is of points: give one .npy or .npz file")
     file = ArrayFile(paths[0])
     name = ONLY if ONLY in file.names else "images"
     channels = model.flow.shape[0]

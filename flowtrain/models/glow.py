@@ -85,7 +85,7 @@ def build(
         conditioner: Network of the couplings: glow (convolutions 3x3, 1x1, 3x3), preactivated (the
             same behind a 1x1 convolution and ReLU), or gated (residual blocks with gates).
         blocks: Number of residual blocks in a gated conditioner.
-        permutation: What mixes the channels before each coupling: a 1x1 convolution (conv1x1_lu by
+        permutation: Mixing of the channels before each coupling: a 1x1 convolution (conv1x1_lu by
             its LU factors, or conv1x1), a random shuffle, or a reversal.
         initialization: How the 1x1 convolutions start: as random rotations, or as the PCA whitening
             of the first batch.
@@ -93,7 +93,7 @@ def build(
             the other half. The names are as in `coupling`.
         top_prior: Whether the coarsest latents have a mean and a scale for each channel, as in the
             paper, or for each entry.
-        padding: What the last convolution of a network sees outside of the image: zeros or ones.
+        padding: Padding of the last convolution of a network: zeros or ones.
 
     Raises:
         UserError: if the image cannot be squeezed `levels` times, or a list has not `levels`

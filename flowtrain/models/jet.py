@@ -69,7 +69,7 @@ def build(
         couplings: Number of couplings. Every fifth one keeps half of the patches, and the others
             keep half of the entries of each patch.
         layers: Number of layers in the transformer of each coupling.
-        mixing: What precedes each coupling of entries: whitening (an ActNorm and a 1x1 convolution,
+        mixing: Layer before each coupling of entries: whitening (an ActNorm and a 1x1 convolution,
             which mixes the entries of a patch and starts as the PCA whitening of the first batch)
             or a random permutation, as in the paper.
         bounded: Whether the log-scales of a coupling are bounded to +-2, by tanh. The paper's

@@ -54,7 +54,7 @@ def build(
         blocks: Number of autoregressive blocks. They take the patches in raster order and in
             reversed order in turn.
         layers: Number of layers in the transformer of each block.
-        mixing: What precedes each block: whitening (an ActNorm and a 1x1 convolution, which mixes
+        mixing: Layer before each block: whitening (an ActNorm and a 1x1 convolution, which mixes
             the entries of a patch and starts as the PCA whitening of the first batch) or none, as
             in the paper.
         bounded: Whether the log-scales of a block are bounded to +-2, by tanh. The paper's are not

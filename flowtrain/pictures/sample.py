@@ -45,8 +45,8 @@ def sample(
     if iterate and not iterates(flow.bijection):
         why = "and none needs it: its samples take one pass"
         if flow.bijection.inverse_is_sequential:
-            why = "only one entry after the other"
-        raise UserError(f"--method jacobi: no layer of the model has this way, {why}")
+            why = "only entry by entry"
+        raise UserError(f"--method jacobi: no layer of the model has it, {why}")
     if guidance is not None and (reason := flow.unguided):
         raise UserError(f"--guidance {guidance:g}: {reason}")
     if denoise and flow.dequantizer.sigma is None:

@@ -298,7 +298,7 @@ def check_names(names: Iterable[str]) -> None:
         raise ValueError("two files have the same name")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"{shown(name)} is no file name")
+            raise ValueError(f"{shown(name)} is not a file name")
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"{shown(name)} is not a plain relative path")
@@ -320,7 +320,7 @@ def _file_system_bytes(name: str) -> bytes:
     try:
         return os.fsencode(name)
     except UnicodeEncodeError:
-        raise ValueError(f"{shown(name)} is no file name") from None
+        raise ValueError(f"{shown(name)} is not a file name") from None
 
 
 def require_absent(names: Iterable[str], out: Path) -> None:
@@ -328,12 +328,11 @@ def require_absent(names: Iterable[str], out: Path) -> None:
     names = list(names)
     present = next((name for name in names if os.path.lexists(out / name)), None)
     if present is not None:
-        raise UserError(f"--out {out}: {shown(present)} is there already; give another folder")
+        raise UserError(f"--out {out}: {shown(present)} already exists; give another folder")
     for folder in {parent for name in names for parent in Path(name).parents}:
         if os.path.lexists(out / folder) and not (out / folder).is_dir():
             raise UserError(
-                f"--out {out}: {shown(str(folder))} is a file, and a folder is needed there; give "
-                f"another folder"
+                f"--out {out}: {shown(str(folder))} is a file, not a folder; give another folder"
             )
 
 

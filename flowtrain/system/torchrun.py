@@ -200,7 +200,7 @@ def _end_without(group: Group, lost: list[int]) -> None:
     """
     others = f"process{'es' * (len(lost) > 1)} {', '.join(map(str, lost))}"
     group.lost = (
-        f"process {group.rank} of {group.world} has heard nothing of {others} for "
+        f"process {group.rank} of {group.world} has had no heartbeat from {others} for "
         f"{heartbeat.TIMEOUT_SECONDS:g} s: killed or stopped, or on a machine that cannot be "
         f"reached{group.advice}"
     )

@@ -110,7 +110,7 @@ def choose(
     configuration.override(values, [each for each in settings if each.startswith("data.")])
     data = DataSet(configuration.parse(values, where, trust_code=True).data)
     levels = data.kind.require_bins(
-        f"{where}: the dial is for images; choose a configuration (--config)"
+        f"{where}: these are not images; choose a configuration (--config)"
     )
     with distributed.main_process_first():  # it may download
         train = data.split("train")
@@ -224,7 +224,7 @@ def _section(name: str) -> Values:
     if section["name"] != "folder":
         return section
     if not path.is_dir():
-        raise UserError(f"DATA {name}: one image is no training set; give a folder of images")
+        raise UserError(f"DATA {name}: one image is not enough; give a folder of images")
     files = [path / file.name for file in folder.files_of(path.resolve(), "")]
     readable: list[tuple[Path, np.ndarray]] = []
     for file in (files[i] for i in sampled(len(files), LOOKED_AT)):

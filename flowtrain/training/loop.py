@@ -87,7 +87,7 @@ def fit(
                 reporting.bring_up_to_date(run, saved, config, state.flow, device)
             distributed.barrier()  # an error in writing has been raised by now
             advice = (
-                f"{run.last} is the last checkpoint, and good: the same command goes on from there"
+                f"{run.last} is the last checkpoint, and sound: the same command continues from it"
             )
             with (
                 torchrun.losing_a_process(advice),
@@ -101,7 +101,7 @@ def fit(
             return
         if not state.progress.finished:
             console.print(f"stopped by {stop.name} at step {state.progress.step}; saved {run.last}")
-            console.print("the same command goes on from there")
+            console.print("the same command continues from there")
             raise Interrupted(stop.signum)
         reporting.require_finite_end(run, state.progress.step)
         reporting.announce_end(state, run)
@@ -233,4 +233,6 @@ def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMe
             f"checkpoints are from before. Evidence: {evidence}. Lower train.lr, set "
             "train.clip_norm, or use more train.warmup_steps"
         )
-    console.print(f"back at step {state.progress.step}, with the learning rate times {lr_scale:g}")
+    console.print(
+        f"rolled back to step {state.progress.step}, with the learning rate times {lr_scale:g}"
+    )

@@ -235,6 +235,6 @@ def announce_end(state: State, run: RunDirectory) -> None:
     for command, what in (
         ("evaluate", "likelihood of the test images"),
         ("sample", "a picture of samples"),
-        ("report", "all about the run in one page"),
+        ("report", "one page about the run"),
     ):
         console.print(f"  {f'flowtrain {command} {path}':40} {what}")

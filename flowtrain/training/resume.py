@@ -59,13 +59,13 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
         return run.last if run.last.exists() else None
     if resume == EXTEND:
         if not run.last.exists():
-            raise UserError(f"--extend: {run.path} holds no run that could go on")
+            raise UserError(f"--extend: {run.path} holds no run to continue")
         return run.last
     path = find(resume)
     if run.holds_a_run() and path.resolve().parent != run.checkpoints.resolve():
         raise UserError(
             f"--resume {resume}: {run.path} holds another run; choose another --run-dir, "
-            "or leave --resume out to go on with that run"
+            "or leave --resume out to continue that run"
         )
     return path
 
@@ -89,7 +89,7 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
         return None
     if saved.meta["progress"] is None:
         raise UserError(
-            f"{saved.path}: it holds a model, and nothing else of a run that could go on; "
+            f"{saved.path}: it holds only a model, and no state of training to continue; "
             f"--init-from starts a run from its weights"
         )
     if resume == EXTEND:
@@ -140,7 +140,7 @@ def _sound_checkpoints(run: RunDirectory) -> str:
     named = ", ".join(f"{file.name} (step {step})" for step, file in sound)
     return (
         f"sound checkpoints of this run: {named}\n"
-        f"to go on from step {step}, give the same command with --resume {shlex.quote(str(newest))}"
+        f"to continue from step {step}, add --resume {shlex.quote(str(newest))} to the command"
     )
 
 
@@ -159,7 +159,7 @@ def _other_values(path: Path, changes: list[Change]) -> UserError:
     extend = all(_is_schedule(key) for key, _, _ in changes)
     return UserError(
         f"{path} was trained with {_words(changes, 1)}, and this command has {_words(changes, 2)}\n"
-        f"to go on with this run, give its values"
+        f"to continue this run, give its values"
         + (", or add --extend for those of this command" if extend else "")
         + "; to start anew, choose another --run-dir"
     )
@@ -258,7 +258,7 @@ def announce(
         console.print(edition)
     if equal := fingerprint.get("duplicates"):
         console.print(
-            f"{equal:,} of these images are equal to an earlier one; equal images are either all "
+            f"{equal:,} of these images equal an earlier one; equal images are either all "
             f"trained on or all held out"
         )
     in_a_step, in_all = batches.all_processes, len(batches.source)

@@ -74,7 +74,7 @@ def test_a_model_goes_to_the_hub_and_back_by_commands(hub, tmp_path):
     words = ["--init-from", "hf://me/digits", "train.num_steps=1", "--run-dir", "new"]
     quick("train", *SMALL, *words, cwd=tmp_path, **env).ok()
     done = quick("train", "--resume", "hf://me/digits", "--run-dir", "r", cwd=tmp_path, **env)
-    done.failed(2, "it holds a model, and nothing else of a run")
+    done.failed(2, "it holds only a model, and no state of training")
     code = "import flowtrain; print(flowtrain.load('hf://me/digits'))"
     assert "import" not in quick("info", "hf://me/digits", cwd=tmp_path, first=code, **env).ok().err
 
@@ -168,7 +168,7 @@ def test_the_hub_refuses(uploading, here, monkeypatch):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "hf://a/b: the repository has no model.safetensors, so it is none of flowtrain"),
+        (None, "hf://a/b: the repository has no model.safetensors, so it is not from flowtrain"),
         (MODEL[:-1] + b"!", "models--a--b/.*/model.safetensors: damaged: its bytes do not match"),
     ],
     ids=["nothing", "damaged"],
@@ -184,7 +184,7 @@ def test_a_repository_without_a_model_of_flowtrain(content, message, here):
 def test_uploading_needs_an_account(here, monkeypatch):
     hub_models.require_login("me/x")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(UserError, match="me/x: uploading needs an account of the hub: `hf auth lo"):
+    with pytest.raises(UserError, match="me/x: uploading needs an account on the hub: `hf auth lo"):
         hub_models.require_login("me/x")
     assert here.asked == []
 
@@ -211,7 +211,7 @@ def test_names_on_the_hub():
         *("hf://a", "hf://", "a/b/c", "a/b@", "../b", "a/..", "a/b@../../x", "a--b/c", "a/b.git"),
         *("/a/b", "a/b ", "a/b\n", "hf:/a/b", "\xe9/b", "a/b@/x", "a/b@x..y"),
     ):
-        with pytest.raises(UserError, match="no name on the hub"):
+        with pytest.raises(UserError, match="not a hub name"):
             hub_models.address(text)
 
 

@@ -74,6 +74,7 @@ def test_a_folder_that_cannot_be_searched(monkeypatch, capsys):
         ("report", {}),
         ("attributes", {"to_class": 4}),
         ("push", {"repository": "me/it", "dry_run": True}),
+        ("quality", {"json_out": "-", "against": "gone.npz"}),  # parts of the samples
     ],
 )
 def test_a_run_where_nothing_can_be_written_is_refused_first(
@@ -91,7 +92,7 @@ def test_a_run_where_nothing_can_be_written_is_refused_first(
     said = capsys.readouterr().err
     assert "there is no permission to write into" in said
     option = "--json" if name in ("evaluate", "ood", "doctor") else "--out"
-    assert (f": give {option} FILE\n" in said) == (name not in ("attributes", "push"))
+    assert (f": give {option} FILE\n" in said) == (name not in ("attributes", "push", "quality"))
 
 
 def test_the_number_of_threads_is_printed_once(monkeypatch, capsys):

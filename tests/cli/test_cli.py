@@ -302,7 +302,7 @@ def test_non_finite_images_fail_after_the_json_is_written(target, run, tmp_path)
     done = quick("evaluate", "nan.safetensors", "--num-images", 10, "--json", target, cwd=tmp_path)
     values = json.loads(done.out if target == "-" else (tmp_path / target).read_text())
     where = ", ".join(map(str, values["non_finite_indices"]))
-    done.failed(1, "10 of 10 images", f"not finite: those at {where}")
+    done.failed(1, "10 of 10 images", f"non-finite likelihood: indices {where}")
     assert values["non_finite_images"] == 10 and values["bits_per_dim"] is None
     quick("sample", "nan.safetensors", cwd=tmp_path).failed(1, "not finite")
 

@@ -115,16 +115,16 @@ def test_without_the_package(path, monkeypatch):
     [
         ({}, "data.repository: give either this or data.path: neither"),
         ({"repository": "a/b", "path": "c"}, "data.repository: .*: both"),
-        ({"repository": "../x"}, "data.repository: ../x is no name on the hub"),
-        ({"repository": "https://x/y"}, "is no name on the hub"),
+        ({"repository": "../x"}, "data.repository: ../x is not a hub name"),
+        ({"repository": "https://x/y"}, "is not a hub name"),
         ({"repository": "saved"}, "data.repository: saved is also a file or folder here"),
         ({"repository": "no/thing"}, r"no/thing \(split train\) .*: .*save_to_disk elsewhere"),
         ({"path": "none"}, "data.path: none cannot be loaded"),
         ({"path": "saved", "train_split": "a"}, "data.train_split: .* no split a, but train"),
-        ({"path": "saved", "image": "img"}, "data.image: img is no column of images; .* image"),
-        ({"path": "saved", "image": "digit"}, "data.image: digit is no column of images"),
-        ({"path": "saved", "label": "y"}, "data.label: y is no column .* numbers; there is digit"),
-        ({"path": "saved", "label": "image"}, "data.label: image is no column of whole numbers"),
+        ({"path": "saved", "image": "img"}, "data.image: img is not a column of images; .* image"),
+        ({"path": "saved", "image": "digit"}, "data.image: digit is not a column of images"),
+        ({"path": "saved", "label": "y"}, "data.label: y is not a column .*; there is digit"),
+        ({"path": "saved", "label": "image"}, "data.label: image is not a column of whole numbers"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(path, options, message):

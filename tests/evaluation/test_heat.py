@@ -51,7 +51,7 @@ def test_images_without_heat_maps():
         HeatMaps(tiny_flow("glow"), images(1, (1, 4, 4)).numpy())
     density = Independent(Normal(torch.zeros(1, 4, 4), torch.ones(1, 4, 4)), 3)
     for flow in (tiny_flow("maf"), ForeignModel(Foreign(density, (1, 4, 4), 256))):
-        with pytest.raises(UserError, match="layers that mix all places"):
+        with pytest.raises(UserError, match="mixes all pixels"):
             HeatMaps(flow, images(5, (1, 4, 4)).numpy())
 
 

@@ -128,9 +128,9 @@ def some(model):
     "change, said",
     [
         ({"model": np.array("0123456789abcdef")}, "attributes of the model 0123456789abcdef; "),
-        ({"vector": np.zeros((2, 64), np.float32)}, "a: its numbers are no direction"),
+        ({"vector": np.zeros((2, 64), np.float32)}, "a: its numbers are not a direction"),
         ({"vector": np.zeros((2, 63), np.float32)}, r"vector has the shape \(2, 63\)"),
-        ({"low": np.array([np.nan, 0])}, "a: its numbers are no direction"),
+        ({"low": np.array([np.nan, 0])}, "a: its numbers are not a direction"),
         ({"low": np.array([9.0, 9.0])}, "a: it is not the description of a direction"),
         ({"method": np.array(["guess", "guess"])}, "a: it is not the description"),
         ({"name": np.array(["a", "a"])}, "a: it is not the description"),

@@ -78,7 +78,7 @@ def test_images_that_do_not_come_back_and_names_of_pictures(monkeypatch):
     assert encoding.difference(flow, x, x, ["a", "b", "c"]) == 0
     back = x.clone()
     back[1, 0, 2, 1:3] ^= 1
-    with pytest.raises(RunError, match="b: 2 of 16 values do not come back.* 1 of 3 images"):
+    with pytest.raises(RunError, match="b: 2 of 16 values are not restored.* 1 of 3 images"):
         encoding.difference(flow, x, back, ["a", "b", "c"])
 
     assert encoding.picture_names(["a.png", "b/c.JPG"]) == ["a.png", "b/c.JPG.png"]
@@ -98,7 +98,7 @@ def test_encode_and_decode_give_every_pixel_back(name, tmp_path):
     if name == "causal":
         quick("train", *CAUSAL, *SHORT, "--run-dir", run, cwd=tmp_path).ok()
     done = quick("encode", run, *NINE, "--out", "z.npz", cwd=tmp_path)
-    assert "decoded, every pixel comes back" in done.ok().out
+    assert "decoding restores every pixel" in done.ok().out
     quick("decode", run, "z.npz", "--out", "out", cwd=tmp_path).ok()
     assert tree(tmp_path / "out") == [f"test-{i:05}.png" for i in range(9)]
     x = digits().take(slice(0, 9))
@@ -141,7 +141,7 @@ def test_unusable_files_of_folders_are_left_out(model, tmp_path, caplog):
 def test_points_come_back_but_for_rounding(tmp_path):
     quick("train", *POINTS, *SHORT, "--run-dir", "r", cwd=tmp_path).ok()
     done = quick("encode", "r", *NINE, "--out", "z.npz", cwd=tmp_path)
-    assert "the points come back within" in done.ok().out
+    assert "decoding restores the points within" in done.ok().out
     quick("decode", "r", "z.npz", "--out", "x.npz", cwd=tmp_path).ok()
     with np.load(tmp_path / "x.npz") as arrays:
         points = arrays["images"].reshape(9, 2)
@@ -160,7 +160,7 @@ def test_latents_are_not_written_where_they_do_not_give_the_images_back(tmp_path
     first += "Flow.decode = lambda self, *args: real(self, *args) ^ 1\n"
     command = ["encode", "glow_digits", "--split", "test", "--num-images", 3, "--out", "z.npz"]
     done = quick(*command, cwd=tmp_path, first=first)
-    done.failed(1, "test-00000.png: 64 of 64 values do not come back", "nothing is written")
+    done.failed(1, "test-00000.png: 64 of 64 values are not restored", "nothing is written")
     assert tree(tmp_path) == []
 
 

@@ -42,7 +42,7 @@ def test_each_class_has_the_same_latents():
 @pytest.mark.parametrize(
     "model, options, message",
     [
-        ("causal", {"iterate": True}, "--method jacobi: .*only one entry after"),
+        ("causal", {"iterate": True}, "--method jacobi: .*only entry by entry"),
         ("glow", {"classes": [1]}, "--classes 1: the model is not class-conditional"),
         ("glow", {"guidance": 1.0}, "--guidance 1: the model is not class-conditional"),
         ("glow", {"denoise": True}, "--denoise: the model was not trained with Gaussian noise"),

@@ -299,7 +299,7 @@ def test_steps_that_are_not_finite():
     options = sets(train__lr=1e39, train__warmup_steps=0, train__max_non_finite=1)
     results = together(2, "train", *ALL, *parts(16), *options, "--run-dir", "r")
     all_failed(results, 1, "2 steps not finite (train.max_non_finite: 1)")
-    assert "back at step 0, with the learning rate times 0.5" in results[0].out
+    assert "back to step 0, with the learning rate times 0.5" in results[0].out
     assert len(list(Path("r").glob("non-finite-*.json"))) == 2
     assert checkpoint_format.read(last(Path("r"))).meta["progress"]["non_finite"] == 2
 
@@ -335,7 +335,7 @@ def test_the_death_of_one_ends_the_others(victim, world, signum):
     os.kill(lost.pid, signal.Signals[signum])
     results = [process.result() for process in processes]
     lost.kill()
-    silent = f"heard nothing of process {victim} for 3 s"
+    silent = f"had no heartbeat from process {victim} for 3 s"
     killed = "has lost another process of this run: it was killed"
     message = silent if signum == "SIGSTOP" else killed
     all_failed(results, 1, message, "last.safetensors")

@@ -174,9 +174,9 @@ def test_a_folder_is_written_whole_or_not_at_all(there, tmp_path):
     write_folder(out, content())
     new = {out / "a.png", out / "inner", out / "inner" / "b.png"}
     assert set(tmp_path.rglob("*")) - before - {out} == new
-    with pytest.raises(UserError, match="'a.png' is there already"):
+    with pytest.raises(UserError, match="'a.png' already exists"):
         write_folder(out, [("a.png", b"")])
-    with pytest.raises(UserError, match="'a.png' is a file, and a folder is needed there"):
+    with pytest.raises(UserError, match="'a.png' is a file, not a folder"):
         write_folder(out, [("a.png/c", b"")])
 
 
@@ -184,13 +184,13 @@ def test_a_folder_is_written_whole_or_not_at_all(there, tmp_path):
     "names, message",
     [
         (["a", "b", "a"], "two files have the same name"),
-        ([1], "1 is no file name"),
+        ([1], "1 is not a file name"),
         *[([name], "is not a plain relative path") for name in ("", "/a", "a/../b", "./a", "a//b")],
         (["a/" * 100 + "b"], "is in more than 99 folders"),
         (["a\0"], "has a character that no file name can have"),
         (["b" * 256], "is longer than the 255 bytes"),
         (["ö" * 128], "is longer than the 255 bytes"),
-        (["\ud800"], "is no file name"),
+        (["\ud800"], "is not a file name"),
         (["a/b", "a"], "'a/b' needs a folder where the file 'a' is"),
         (["a/b/c", "a/b"], "'a/b/c' needs a folder where the file 'a/b' is"),
     ],

@@ -39,7 +39,7 @@ def test_a_rate_that_is_far_too_high(tmp_path):
     )
     last_evidence = "runs/glow_digits/non-finite-4.json"
     done.failed(1, "4 steps", "train.max_non_finite: 3", "bijection.", last_evidence, "train.lr")
-    assert "back at step 0, with the learning rate times 0.5" in done.out
+    assert "back to step 0, with the learning rate times 0.5" in done.out
     assert done.out.count("first not finite: ") == 4
     run = tmp_path / "runs" / "glow_digits"
     evidence = evidence_of(run)
@@ -116,7 +116,7 @@ def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
     """After the first event, half the rate is enough. The best checkpoint is not lost."""
     done = once(tmp_path, "train.validate_every=1")
     assert "step 7: loss nan" in done.out
-    assert "back at step 5, with the learning rate times 0.5" in done.out
+    assert "back to step 5, with the learning rate times 0.5" in done.out
     rows = [row for row in metrics(tmp_path / "r") if row["split"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["lr"] for row in rows] == [2e-3] * 5 + [1e-3] * 15
@@ -139,4 +139,4 @@ os.fsync = slowly
 
 def test_it_rolls_back_to_a_checkpoint_that_is_still_being_written(tmp_path):
     done = once(tmp_path, "train.validate_every=100", first=SLOW)
-    assert "step 7: loss nan" in done.out and "back at step 5, with" in done.out
+    assert "step 7: loss nan" in done.out and "back to step 5, with" in done.out

@@ -257,7 +257,7 @@ def test_a_finished_run_is_left_alone(run, tmp_path):
 
 
 def test_changed_keys_are_named(run):
-    advice = "\nto go on with this run, give its values%s; to start anew, choose another --run-dir$"
+    advice = "\nto continue this run, give its values%s; to start anew, choose another --run-dir$"
     extend = advice % ", or add --extend for those of this command"
     changed = """model.width=9 train.lr=1e-4 seed=1 model.coupling=additive train.ema=0
         train.batch_size=16 train.accumulate=2 data.split_seed=3 data.name=two_moons"""
@@ -289,7 +289,7 @@ def test_a_finished_run_is_extended(run, tmp_path):
         (["train.num_steps=40", "train.ema=0"], "train.ema: .* was trained with 0.999"),
     ):
         refused(run, words, message, resume.EXTEND)
-    refused(run, [], "new holds no run that could go on$", resume.EXTEND, tmp_path / "new")
+    refused(run, [], "new holds no run to continue$", resume.EXTEND, tmp_path / "new")
     config = load_config(run / "config.yaml", ["train.budget=1h"])
     assert resume.checkpoint_to_resume(config, RunDirectory(run), resume.EXTEND) is not None
     rewritten(last(run), seconds=3600.0)

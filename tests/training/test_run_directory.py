@@ -289,11 +289,11 @@ def test_a_damaged_checkpoint_names_the_sound_ones(run, tmp_path):
     source = "runs/glow_digits/checkpoints/step-00000015.safetensors"
     (folder / "best.safetensors").unlink()
     damage(last(run))
-    advice = "to go on from step {}, give the same command with --resume"
+    advice = "to continue from step {}, add --resume"
     quick("train", *TINY_RUN, cwd=tmp_path).failed(2, advice.format(20))
     damage(folder / "step-00000020.safetensors")
     done = quick("train", *TINY_RUN, cwd=tmp_path)
-    sound = "sound checkpoints of this run: step-00000015.safetensors (step 15) to go on"
+    sound = "sound checkpoints of this run: step-00000015.safetensors (step 15) to continue"
     done.failed(2, "last.safetensors: damaged", sound, f"{advice.format(15)} {source}")
     assert done.err.count("\n") <= 6
     quick("train", *TINY_RUN, "--resume", source, cwd=tmp_path).ok()

@@ -48,9 +48,9 @@ def compress(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] INPUT...",
-            help="First a model, by default the newest run in runs/. Then "
-            "image files, and folders of them, of the model's size. With --split, there is no "
-            "INPUT, and KEY=VALUE overrides keys of the data.",
+            help="A model, by default the newest run in runs/, then image files and folders of "
+            "the model's image size. With --split, there is no INPUT, and KEY=VALUE overrides "
+            "keys of the data.",
         ),
     ] = None,
     split: Annotated[
@@ -62,7 +62,7 @@ def compress(
         typer.Option(
             "--fit",
             help="Pack copies of the image files, brought to the model's size, channels and "
-            "levels. The originals do not come back.",
+            "levels. The originals cannot be restored.",
         ),
     ] = False,
     embed: Annotated[bool, typer.Option("--embed", help="Put the model into the archive.")] = False,
@@ -73,8 +73,8 @@ def compress(
 ) -> None:
     """Compress images without loss, to about as many bits as the flow's likelihood.
 
-    It runs on the CPU. OMP_NUM_THREADS sets how many streams are coded at a time, and does not
-    change the archive.
+    It runs on the CPU. OMP_NUM_THREADS sets the number of parallel streams, and does not change the
+    archive.
     """
     from flowtrain.checkpoints.load import model_hash
     from flowtrain.latents.encoding import of_split
@@ -96,7 +96,7 @@ def compress(
     if fit and split is not None:
         raise UserError("--fit: only for image files; the images of --split are not converted")
     if settings and split is None:
-        raise UserError("--set: only with --split, for the place of the data")
+        raise UserError("--set: only with --split, to locate the data")
     require_file(out)
     loaded = load(model, "cpu", weights, trust_code, conditional=True, mirror=mirror)
     # A model without rules is refused before any work is done.
@@ -107,12 +107,12 @@ def compress(
     else:
         names, (_, x, _) = split, of_split(loaded, data_of(loaded, settings), split, num_images)
     path = loaded.checkpoint.path
-    sides = f", each from the likeliest of its {loaded.flow.sides} sides" if mirror else ""
+    sides = f", each in its likeliest of {loaded.flow.sides} orientations" if mirror else ""
     console.print(f"compressing {len(x)} images with {path} ({loaded.weights} weights){sides}")
     if fit:
         console.print(
             f"packing copies of {form_of(loaded.flow.shape)} with {num_bins} levels (data.resize: "
-            f"{loaded.config.data.resize_policy}): these come back without loss, not the originals"
+            f"{loaded.config.data.resize_policy}): decompress restores these, not the originals"
         )
     with ProgressBar("scoring") as bar:
         prepared = prepare(loaded, x, bar)
@@ -138,7 +138,7 @@ def compress(
     elif not embed:
         console.print(
             f"flowtrain decompress needs the model {model_hash(loaded)[:16]}, {loaded.weights} "
-            f"weights: keep a copy of {path}, which more training replaces, or use --embed"
+            f"weights: keep a copy of {path}, because training replaces it, or use --embed"
         )
 
 
@@ -178,7 +178,7 @@ def _print(result: "Compressed", count: int, dims: int, sizes: dict[str, int], e
             )
     else:
         table["bits/dim, the bound"] = f"{result.bound_bits / (count * dims):.4f}"
-        why = "with the flow they take more"
+        why = "the flow makes them larger"
         if embed:
             why = "with the model in it, the archive would be larger"
         if not result.codable:
@@ -189,17 +189,17 @@ def _print(result: "Compressed", count: int, dims: int, sizes: dict[str, int], e
     for name, size in all_sizes.items():
         table[f"bytes {name}"] = f"{size}, {8 * size / (count * dims):.4f} bits/dim"
     best = min(sizes, key=lambda name: sizes[name])
-    table["of the best of these"] = f"{100 * len(result.data) / sizes[best]:.1f}% ({best})"
+    table["relative size"] = f"{100 * len(result.data) / sizes[best]:.1f}% of {best}"
     print_table(table)
     slow = [f"{name} {each.slow}" for name, each in FORMATS.items() if name in sizes and each.slow]
     untried = [name for name in slow if name not in sizes]
     if untried:
-        console.print(f"not tried, as it takes long for so many images: {', '.join(untried)}")
+        console.print(f"not tried, because so many images take long: {', '.join(untried)}")
     missing = [name for name in FORMATS if name not in sizes]
     if missing:
         jxl = install_command("pillow-jxl-plugin")
         console.print(
-            f"not compared, as this Pillow does not write it without loss: {', '.join(missing)}"
+            f"not compared, because this Pillow lacks lossless {', '.join(missing)}"
             + (f"; {jxl} adds JPEG XL" if "JXL" in missing else "")
         )
 
@@ -214,8 +214,8 @@ def decompress(
         typer.Option(
             "--model",
             metavar="MODEL",
-            help="The checkpoint or run directory that the archive was made with.",
-            show_default="the embedded one, else where it was",
+            help="The checkpoint or run directory that made the archive.",
+            show_default="the embedded one, else its former path",
         ),
     ] = None,
     max_memory: Annotated[
@@ -224,13 +224,13 @@ def decompress(
             "--max-memory",
             metavar="MIB",
             min=1,
-            help="Refuse an archive that takes more MiB of memory to unpack.",
+            help="Refuse an archive that needs more memory to unpack.",
             show_default="a quarter of the machine's memory",
         ),
     ] = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """Unpack an archive. Every image comes back bit for bit, or nothing is written."""
+    """Unpack an archive. Every image is restored bit for bit, or nothing is written."""
     from flowtrain.pictures.lossless import png_files
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import require_absent, write_folder
@@ -244,4 +244,4 @@ def decompress(
     with ProgressBar("decompressing") as bar:
         images = opened.images(loaded, bar)
     write_folder(out, png_files(opened.names, images, opened.num_bins))
-    console.print(f"wrote {out}: {len(images)} images, each of which matches its checksum")
+    console.print(f"wrote {out}: {len(images)} images, whose checksums all match")

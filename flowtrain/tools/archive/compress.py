@@ -113,7 +113,7 @@ def choose(
         threads = min(torch.get_num_threads(), number)
         each = len(promising) / threads
         announce(
-            f"about {duration(expected.encode_seconds * each)} on {threads} thread(s), and "
+            f"about {duration(expected.encode_seconds * each)} (threads: {threads}), and "
             f"{duration(expected.decode_seconds * each)} to decompress"
         )
         started = time.perf_counter()

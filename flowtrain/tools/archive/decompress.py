@@ -63,7 +63,7 @@ class Opened:
             if given is None and not _is_there(wanted.path):
                 raise UserError(
                     f"{self.path}: it needs the model {self.hash}, which was "
-                    f"{cut(wanted.path)}: say where it is with --model"
+                    f"{cut(wanted.path)}: give its path by --model"
                 )
             model = load_model(given or wanted.path, CPU, wanted.weights, trust_code)
         found = model_hash(model)[: archive.HASH_DIGITS]
@@ -71,7 +71,7 @@ class Opened:
             raise UserError(
                 f"{self.path}: it was coded with the model {self.hash}, "
                 f"{wanted.weights} weights; {model.checkpoint.path} is another one, "
-                f"{found}: say where it is with --model"
+                f"{found}: give its path by --model"
             )
         if (tuple(model.flow.shape), model.flow.num_bins) != (
             self.description.shape,

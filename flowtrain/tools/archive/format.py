@@ -235,7 +235,7 @@ def unpack(path: Path, data: bytes, memory: int) -> tuple[Description, list[byte
         needed = 2 * len(data) + description.memory  # the parts are copies
         if needed > memory:
             raise UserError(
-                f"{path}: to unpack it takes {needed / 2**20:,.0f} MiB of memory, and --max-memory "
+                f"{path}: unpacking takes {needed / 2**20:,.0f} MiB of memory, but --max-memory "
                 f"is {memory / 2**20:,.0f} MiB"
             )
         description.check_images()

@@ -188,10 +188,7 @@ def _(transform: AdditiveTransform, parameters: Tensor, bits: int) -> Rule:
 @singledispatch
 def rule(layer: Bijection, bits: int) -> Rule:
     """The rule of a layer, in units of `2**-bits`. Raises `UserError` for a kind that has none."""
-    raise UserError(
-        f"compress: a layer of the model is of a kind that has no coding rule: "
-        f"{type(layer).__name__}"
-    )
+    raise UserError(f"compress: a layer of the model has no coding rule: {type(layer).__name__}")
 
 
 @rule.register

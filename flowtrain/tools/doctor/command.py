@@ -36,7 +36,7 @@ def doctor(
             "--num-images",
             min=1,
             metavar="N",
-            help="Number of test images, of noise images, and of samples.",
+            help="Number each of test images, noise images, and samples.",
         ),
     ] = 64,
     seed: SeedOption = 0,

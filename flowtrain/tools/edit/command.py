@@ -48,8 +48,8 @@ def attributes(
         typer.Option(
             "--csv",
             metavar="FILE.csv",
-            help="A table of a file name and a 0 or 1 for each attribute. Its first line has the "
-            "names of the columns.",
+            help="A table of file names, with a 0 or 1 for each attribute. Its first line names "
+            "the columns.",
         ),
     ] = None,
     images: Annotated[
@@ -57,27 +57,25 @@ def attributes(
         typer.Option(
             metavar="FOLDER",
             help="The folder of the files in --csv.",
-            show_default="that of the table",
+            show_default="the table's own",
         ),
     ] = None,
     to_class: Annotated[
         int | None,
-        typer.Option(
-            min=0, metavar="B", help="The attribute is to be of this class of a data set."
-        ),
+        typer.Option(min=0, metavar="B", help="The attribute: this class of a data set."),
     ] = None,
     from_class: Annotated[
         int | None,
         typer.Option(
             min=0,
             metavar="A",
-            help="Images of this class are without the attribute.",
+            help="The class of the images without the attribute.",
             show_default="all others",
         ),
     ] = None,
     dataset: DatasetOption = None,
     split: Annotated[
-        Split | None, typer.Option(help="Which images of the data set.", show_default="train")
+        Split | None, typer.Option(help="The split of the data set.", show_default="train")
     ] = None,
     name: Annotated[
         str | None,
@@ -89,14 +87,14 @@ def attributes(
     ] = None,
     method: Annotated[
         Literal["difference", "logistic"],
-        typer.Option(help="What is kept: the difference of the means, or a logistic regression."),
+        typer.Option(help="The direction: a difference of means, or a logistic regression."),
     ] = "difference",
     orthogonal: Annotated[
         bool,
         typer.Option(
             "--orthogonal",
-            help="Make each direction orthogonal to the others as they were found, so that moving "
-            "along it keeps the projections on these.",
+            help="Make each direction orthogonal to the others found, so that moving along it "
+            "leaves their projections unchanged.",
         ),
     ] = False,
     num_images: Annotated[
@@ -111,10 +109,10 @@ def attributes(
     *,
     options: DataOptions,
 ) -> None:
-    """Find the directions of attributes in latent space, and how well they separate images.
+    """Find attribute directions in latent space, and measure how well they separate images.
 
-    The balanced accuracy is of held-out images, a seeded quarter; chance is 0.5. The directions are
-    kept beside the model, in attributes.npz, for `flowtrain interpolate --along NAME`.
+    The balanced accuracy is of a held-out quarter of the images; chance is 0.5. The directions are
+    saved beside the model, in attributes.npz, for `flowtrain interpolate --along NAME`.
     """
     from flowtrain.latents import directions
     from flowtrain.latents.encoding import encode
@@ -122,15 +120,15 @@ def attributes(
     from flowtrain.tools.edit import labels
 
     if bool(positive) != bool(negative):
-        raise UserError("--positive and --negative: one is of no use without the other")
+        raise UserError("--positive and --negative: give both")
     if bool(positive) + (table is not None) + (to_class is not None) != 1:
         raise UserError(
             "give the images in one of three ways: --positive and --negative, --csv, or --to-class"
         )
     if images is not None and table is None:
-        raise UserError("--images: it is the folder of --csv, which is not given")
+        raise UserError("--images: needs --csv")
     if to_class is None and not (from_class is None and dataset is None and split is None):
-        raise UserError("--from-class, --data and --split: they need --to-class")
+        raise UserError("--from-class, --data and --split: these need --to-class")
     if to_class is not None and to_class == from_class:
         raise UserError(f"--to-class {to_class}: it is the same class as --from-class")
     if table is not None and name is not None:

@@ -33,7 +33,7 @@ def explore(
         typer.Option(
             metavar="MIB",
             min=1,
-            help="MiB that a request may allocate.",
+            help="Most memory for a request.",
             show_default="a quarter of the machine's memory",
         ),
     ] = None,
@@ -42,8 +42,8 @@ def explore(
 ) -> None:
     """Explore a trained model of images in the browser: samples, latents, paths, likelihoods.
 
-    The page comes from this machine and needs no network. Images that are dropped into it stay
-    here. Ctrl-C ends it.
+    The page is served from this machine and needs no network. Images dropped onto it stay on this
+    machine. Ctrl-C stops it.
     """
     import secrets
     import socket
@@ -78,7 +78,7 @@ def explore(
     worker = Worker(session.idle)
 
     def ready() -> None:
-        console.print(f"{word} is at {url}\nCtrl-C ends it")
+        console.print(f"{word} is at {url}\nCtrl-C stops it")
         server.read_data(session, worker, download=bool(options.words()))
         if browser and _has_a_screen():
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()

@@ -82,7 +82,7 @@ class Guard:
             scope["path"] == "/" or site in ("none", "same-origin")
         ):
             return None
-        return refusal(403, "requests come from the page alone")
+        return refusal(403, "only the page may send requests")
 
     def _is_token(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self.token.encode())

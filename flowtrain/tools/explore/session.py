@@ -173,11 +173,11 @@ class Session:
             _keep(self._uploads, name, x, UPLOADS)
         words = [f"{size[0]} x {size[1]} pixels"]
         if size[0] * height != size[1] * width:
-            words.append("stretched" if policy == "stretch" else "cut to the largest centred part")
+            words.append("stretched" if policy == "stretch" else "cropped to the centre")
         if size != (width, height):
             words.append(f"resized to {width} x {height}")
         if channels == 1 and mode not in ("L", "1"):
-            words.append("turned grey")
+            words.append("made grey")
         if self.q != 256:
             words.append(f"reduced to {self.q} levels")
         return name, x, ", ".join(words)
@@ -300,7 +300,7 @@ class Session:
                 for part, of_part in zip(parts, of_parts, strict=True)
             ]
         except FloatingPointError:
-            raise Refused("the image is not finite: this place is too far out") from None
+            raise Refused("the image is not finite: this latent is too far out") from None
         return torch.cat(images)
 
 

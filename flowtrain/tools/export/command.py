@@ -43,7 +43,7 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="Where the files go.", show_default="export in the run"
+            "--out", metavar="DIR", help="Output folder.", show_default="export in the run"
         ),
     ] = None,
     opset: Annotated[
@@ -62,7 +62,7 @@ def export(
     *,
     options: SettingOptions,
 ) -> None:
-    """Write a model as graphs for other programs: log_prob, encode and decode.
+    """Export a model as graphs for other programs: log_prob, encode and decode.
 
     They are compared with torch on test images, or else on samples, and on random images. Nothing
     is written if a difference exceeds rounding. ONNX needs the extra onnx.

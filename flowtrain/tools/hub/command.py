@@ -44,7 +44,7 @@ def push(
     repository: Annotated[
         str,
         typer.Argument(
-            metavar="USER/NAME", help="The repository on the hub. It is made if it is not there."
+            metavar="USER/NAME", help="The repository on the hub, created if it is missing."
         ),
     ],
     private: Annotated[
@@ -62,7 +62,7 @@ def push(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="Where the files lie.", show_default="push in the run"
+            "--out", metavar="DIR", help="Folder of the files.", show_default="push in the run"
         ),
     ] = None,
     weights: WeightsOption = None,
@@ -71,8 +71,8 @@ def push(
 ) -> None:
     """Upload a model to the Hugging Face Hub: weights, configuration, pictures, and a page.
 
-    Everybody can then use it as the MODEL hf://USER/NAME. The files are written to a folder first.
-    Uploading needs the package huggingface_hub and an account (`hf auth login`).
+    Anyone can then use it as the MODEL hf://USER/NAME. The files are written to a folder first.
+    Uploading needs the extra hf and an account (`hf auth login`).
     """
     from flowtrain.checkpoints import about, hub
     from flowtrain.checkpoints.load import run_of

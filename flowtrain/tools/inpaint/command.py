@@ -33,16 +33,15 @@ def inpaint(
     image: Annotated[
         Path,
         typer.Option(
-            metavar="FILE",
-            help="The image, of the size of the model's images; or with --factor a small one.",
+            metavar="FILE", help="An image of the model's size, or with --factor a smaller one."
         ),
     ],
     out: Annotated[
         Path,
         typer.Option(
             metavar="FOLDER|FILE.npz",
-            help="Where the samples go: PNG files with a grid, the mean and inpaint.json, or one "
-            "file of arrays.",
+            help="A folder for PNG files with a grid, the mean and inpaint.json, or one file of "
+            "arrays.",
         ),
     ],
     mask: Annotated[
@@ -59,13 +58,12 @@ def inpaint(
         ),
     ] = None,
     num_images: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Samples, each from a chain.")
+        int, typer.Option(min=1, metavar="N", help="Samples, one per chain.")
     ] = 8,
     steps: Annotated[
         int,
         typer.Option(
-            min=8,
-            help="Moves of each chain, of about 8 gradients each. Half of them find its start.",
+            min=8, help="Moves of each chain, of about 8 gradients each. The first half is warm-up."
         ),
     ] = 80,
     label: Annotated[
@@ -83,11 +81,10 @@ def inpaint(
 ) -> None:
     """Complete an image, or enlarge one, by samples from the posterior of a flow.
 
-    The known pixels stay as they are. The missing ones are samples of p(missing | known) under the
-    exact density of the model, by Hamiltonian Monte Carlo with a Metropolis test, so they converge
-    to it with more steps. A causal model draws pixels after the last known one in order, each
-    sample anew, without steps. Those before a known one move as in other models, and are also drawn
-    anew one by one.
+    The known pixels stay as they are. The missing ones are sampled from p(missing | known) under
+    the exact density of the model, by Hamiltonian Monte Carlo with a Metropolis test, so more steps
+    bring them closer to it. A causal model draws the pixels after the last known one directly, in
+    order. It moves earlier ones as other models do, and also redraws them one by one.
     """
     from flowtrain.latents.paths import log_probs
     from flowtrain.system.console import ProgressBar, console, counted, duration
@@ -136,11 +133,11 @@ def inpaint(
     console.print(f"wrote {out}: {counted(num_images, 'sample')} of {loaded.checkpoint.path}")
     console.print(f"bits/dim {min(losses):.3f} to {max(losses):.3f}, of the whole images")
     if found.effective is None:
-        console.print("exact: each sample was drawn by itself, in the order of the pixels")
+        console.print("exact: the samples are independent, drawn pixel by pixel")
         return
     console.print(
         f"moves: {found.accepted:.0%} accepted; the {found.moves} moves of a chain after the "
         f"warm-up are worth {found.effective:.1f} independent samples"
     )
     if found.effective < FEW:
-        console.print("that is few: the samples may not have converged, give more --steps")
+        console.print("that is few: the samples may not have converged; use more --steps")

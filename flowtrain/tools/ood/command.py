@@ -92,7 +92,7 @@ def ood(
         typer.Option(
             "--in",
             metavar="NAME|PATH",
-            help="Images of the kind that the model was trained on. " + DATA_NAMES,
+            help="In-distribution images. " + DATA_NAMES,
             show_default="the model's own test split",
         ),
     ] = None,
@@ -108,8 +108,8 @@ def ood(
             "--false-positives",
             metavar="P",
             parser=percentage,
-            help="Call images outliers that are further out than all but this share of held-out "
-            "images: 1% or 0.01.",
+            help="An image is an outlier if at most this share of held-out images is as far out: "
+            "1% or 0.01.",
             show_default="no verdicts",
         ),
     ] = None,
@@ -117,7 +117,7 @@ def ood(
         Score | None,
         typer.Option(
             "--score",
-            help="The score of the p-values and verdicts.",
+            help="The score for p-values and verdicts.",
             show_default="complexity_corrected, for real values likelihood",
         ),
     ] = None,
@@ -162,7 +162,7 @@ def ood(
     Complexity-corrected, -log p(x) - L(x): how many more bits it needs than with a lossless coder
     (Serra et al. 2020).
 
-    Local: how unusual the most unusual place of the image is, by --maps or --score local.
+    Local: the most unusual region of the image, with --maps or --score local.
 
     Images of another size, or with other channels or levels, are converted to the model's. Vectors
     and points have the first two scores.
@@ -264,8 +264,8 @@ def _print(comparison: "Comparison") -> None:
     coded = f" Complexity: the shorter code of {' and '.join(coders())}."
     console.print(
         f"AUROC: the probability that an example has a larger score than one of "
-        f"{comparison.inside.collection.name}. 1 tells them apart, 0.5 is chance, below it the "
-        f"others look more like the model's own.\n"
+        f"{comparison.inside.collection.name}. 1 separates them, 0.5 is chance; below 0.5, the "
+        f"others look more typical.\n"
         f"Typicality: the distance from {f'{entropy:.3f}' if math.isfinite(entropy) else '-'} "
         f"{unit}, the mean of {len(reference.log_prob)} {reference.collection.split} examples."
         f"{'' if reference.complexity is None else coded}"

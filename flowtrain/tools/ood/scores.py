@@ -152,8 +152,7 @@ class Comparison:
                 which = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
                 found.append(
                     f"{len(bad)} of {len(collection.images)} images of {collection.name} "
-                    f"({collection.split or 'made'}) have a likelihood that is not finite: those "
-                    f"at {which}"
+                    f"({collection.split or 'made'}) have a non-finite likelihood: indices {which}"
                 )
         if found:
             raise RunError("; ".join(found))

@@ -20,6 +20,7 @@ from flowtrain.cli.base import (
     output,
     print_table,
     require_file,
+    require_folder,
     write_json,
 )
 from flowtrain.errors import UserError
@@ -64,8 +65,8 @@ def quality(
     features: Annotated[
         Literal["inception", "mnist-cnn", "cifar-cnn"] | None,
         typer.Option(
-            help="The network whose features are compared: of the usual FID, or a small classifier "
-            "that comes with flowtrain. Figures of different networks are never comparable.",
+            help="The feature network: Inception, as in the usual FID, or a small classifier that "
+            "comes with flowtrain. Figures of different networks are never comparable.",
             show_default="the classifier for images of its shape, else inception",
         ),
     ] = None,
@@ -95,11 +96,11 @@ def quality(
 ) -> None:
     """How similar are samples to real images? FID, KID, precision, recall, density, coverage.
 
-    All compare features of a network. The classifiers that come with flowtrain need no
-    download, and their figures are comparable with each other alone. FID falls with the number of
-    samples, so compare equal numbers.
+    All compare features of a network. The classifiers that come with flowtrain need no download,
+    but their figures do not compare with the usual FID. FID falls with the number of samples, so
+    compare equal numbers.
 
-    torchrun shares the sampling out. If it is stopped, the same command continues it.
+    torchrun distributes the sampling. If it is stopped, the same command continues it.
     """
     import numpy as np
     import torch
@@ -125,7 +126,10 @@ def quality(
     if not all(map(math.isfinite, drawn_with.values())):
         raise UserError("--temperature, --guidance: expected finite numbers")
     if images is not None and drawn_with != {"temperature": 1.0}:
-        raise UserError("--images: no samples are drawn; leave out how")
+        raise UserError("--images: not with options of sampling")
+    if images is None:
+        folder = samples.folder_of(loaded, seed, **drawn_with)
+        require_folder(folder, folder, "samples")
     known = figures.statistics_in(Path(against)) if against.endswith(".npz") else None
     if distributed.is_main():
         if known is None:
@@ -143,7 +147,6 @@ def quality(
             )
         figures.require_enough(num_images if images is None else len(x), len(y.mu), name)
     if images is None:
-        folder = samples.folder_of(loaded, seed, **drawn_with)
         with ProgressBar("sampling") as bar:
             x = samples.draw(loaded, num_images, folder, seed, bar, **drawn_with)
     if not distributed.is_main():

@@ -53,7 +53,7 @@ def report(
     """Write one HTML file about a run: curves, samples, nearest images, evaluation, health.
 
     If something is missing, such as the data set or an evaluation of the test split, the report
-    gives the reason and has the rest.
+    gives the reason and contains the rest.
     """
     from flowtrain.system.console import ProgressBar, console
     from flowtrain.system.files import save
@@ -71,7 +71,7 @@ def report(
     except (UserError, RunError) as error:
         if options.words():
             raise
-        data = f"{error}; --set data.KEY=VALUE gives the place of the data"
+        data = f"{error}; --set data.KEY=VALUE locates the data"
     with ProgressBar("report") as bar:
         html, missing = reporting.page(loaded, data, num_images=num_images, seed=seed, progress=bar)
     # Names of files may have bytes that are no UTF-8.
@@ -100,7 +100,7 @@ def compare(
 ) -> None:
     """Compare runs in one table and one plot. They may still be training.
 
-    It evaluates nothing itself.
+    No model is evaluated.
     """
     from flowtrain.system.console import console
     from flowtrain.system.files import save

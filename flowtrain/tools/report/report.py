@@ -78,7 +78,7 @@ class Reconstructions:
 
 def _num_bins(flow: Flow) -> int:
     return flow.kind.require_bins(
-        "real-valued data are no images; their round trip is in the health table"
+        "real-valued data are not images; their round trip is in the health table"
     )
 
 

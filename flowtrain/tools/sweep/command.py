@@ -45,8 +45,8 @@ def sweep(
         typer.Option(
             "--try",
             metavar="SETTINGS",
-            help="A row of the table: KEY=VALUE, or several with spaces between; none is the "
-            "configuration as it is. Repeatable.",
+            help="A row of the table: KEY=VALUE, or several separated by spaces; none is the "
+            "unchanged configuration. Repeatable.",
         ),
     ] = None,
     seeds: Annotated[
@@ -66,14 +66,14 @@ def sweep(
         int | None,
         typer.Option(
             metavar="R",
-            help="Successive halving: rows begin with a part of the budget, and the best Rth of "
-            "them goes on to R times as much, up to all of it.",
+            help="Successive halving: rows begin with a part of the budget, and the best 1/R of "
+            "them continue to R times as much, up to all of it.",
         ),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Trials at a time.", show_default="one per core, or per GPU"
+            min=1, metavar="N", help="Parallel trials.", show_default="one per core, or per GPU"
         ),
     ] = None,
     device: DeviceOption = "auto",
@@ -82,8 +82,8 @@ def sweep(
 ) -> None:
     """Compare settings at an equal budget, in a table with errors over seeds and images.
 
-    Each trial is an ordinary run. The same command goes on after a kill. Several such commands, on
-    any machines, may share the directory.
+    Each trial is an ordinary run. The same command continues after a kill. Several such commands,
+    on any machines, may share the directory.
     """
     from flowtrain import config as configuration
     from flowtrain.system import device as devices

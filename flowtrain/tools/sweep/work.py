@@ -94,7 +94,7 @@ class Sweep:
                 self.stopping.set()
                 for process in list(self.running):
                     process.terminate()
-                console.print("stopping; the same command goes on from here")
+                console.print("stopping; the same command continues from here")
                 raise
         if self.proposals:
             self.proposals.tell(self.loss)

@@ -22,7 +22,7 @@ def add_to(app: typer.Typer) -> None:
 @command
 @on_one_process
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of torch.save.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file from torch.save.")],
     project: Annotated[Project, typer.Option("--from", help="The project that trained it.")],
     out: Annotated[
         Path | None,
@@ -36,11 +36,10 @@ def import_(
     *,
     options: SettingOptions,
 ) -> None:
-    """Make a checkpoint from the weights of another project's model.
+    """Convert the weights of another project's model to a checkpoint for all commands.
 
-    The model computes the same function. All commands take its checkpoint. KEY=VALUE are the data
-    that it was trained on, which give the size and the levels of images: data.name=cifar10. Nothing
-    in FILE is run.
+    The model computes the same function. KEY=VALUE names its training data, which determine the
+    size and the levels of images: data.name=cifar10. No code in FILE is run.
     """
     from flowtrain.system.console import console
     from flowtrain.tools.weights.convert import import_file

@@ -67,7 +67,7 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> TarF
     patch = math.isqrt(max(1, outputs // (2 * shape[0])))
     if outputs != 2 * shape[0] * patch**2 or patch not in PATCHES:
         raise UserError(
-            f"{tensors.where}: its {outputs} outputs are no mean and scale of patches with sides "
+            f"{tensors.where}: its {outputs} outputs are not mean and scale of patches with sides "
             f"of 1, 2, 4 or 8 and {shape[0]} channels (volume-preserving models are not imported)"
         )
     entries, *size = tokens_of(shape, patch)

@@ -282,7 +282,7 @@ def test_another_model_is_refused(model, tmp_path):
     with pytest.raises(UserError, match="its images are not of its model's shape and levels"):
         found.load(None, False)
     found.hash = "0" * archive.HASH_DIGITS
-    with pytest.raises(UserError, match="is another one.*say where it is with --model"):
+    with pytest.raises(UserError, match="is another one.*give its path by --model"):
         found.load(None, False)
 
 
@@ -294,7 +294,7 @@ def test_files_come_back_in_a_process_with_other_threads(tmp_path):
     shutil.copytree(run(), tmp_path / "run")
     flags = ["--split", "train", "--num-images", 20, "--out", "x/one.fta"]
     said = quick("compress", "run", *flags, cwd=tmp_path).ok().out
-    for words in ("the bound", "bytes as PNG", "bytes as WEBP", "with the flow they take more"):
+    for words in ("the bound", "bytes as PNG", "bytes as WEBP", "the flow makes them larger"):
         assert words in said
     assert "without a model" in said
     quick("decompress", "x/one.fta", "--out", "a/b", cwd=tmp_path, OMP_NUM_THREADS="2").ok()
@@ -317,7 +317,7 @@ def test_files_come_back_in_a_process_with_other_threads(tmp_path):
 def test_copies_of_the_models_size_come_back(tmp_path):
     picture(tmp_path / "in" / "wide.png", (20, 10), "RGB", 200)
     said = quick("compress", run(), "in", "--fit", "--out", "a.fta", cwd=tmp_path).ok().out
-    assert "packing copies of 8x8 L with 17 levels (data.resize: crop): these come back" in said
+    assert "packing copies of 8x8 L with 17 levels (data.resize: crop): decompress" in said
     quick("decompress", "a.fta", "--out", "out", cwd=tmp_path).ok()
     found = np.asarray(Image.open(tmp_path / "out" / "in" / "wide.png"))
     assert found.shape == (8, 8) and (found == 13 * 255 // 16).all()

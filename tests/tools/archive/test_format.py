@@ -198,7 +198,7 @@ def test_an_archive_that_takes_too_much_memory_is_refused(tmp_path):
     data, path = bomb(), tmp_path / "bomb.fta"
     assert len(data) < 3e6
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"takes 1,0\d\d MiB of memory, and --max-memory is 512"):
+    with pytest.raises(UserError, match=r"takes 1,0\d\d MiB of memory, but --max-memory is 512"):
         opened(path, data, 2**29)
     assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
     tracemalloc.stop()

@@ -91,8 +91,7 @@ def test_files_are_made(running):
 def test_images_that_are_dropped_in(running):
     answer = running.post("upload", {}, raw=png((20, 10), "RGB", (255, 255, 255)))[1]
     assert answer["said"] == (
-        "20 x 10 pixels, cut to the largest centred part, resized to 8 x 8, turned grey, reduced "
-        "to 17 levels"
+        "20 x 10 pixels, cropped to the centre, resized to 8 x 8, made grey, reduced to 17 levels"
     )
     source = {"kind": "upload", "id": answer["id"]}
     assert running.ask("show", place={"source": source})["image"] == answer["image"]

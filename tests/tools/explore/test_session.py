@@ -325,7 +325,7 @@ def test_a_place_that_is_not_finite_is_refused(session, monkeypatch):
         raise FloatingPointError
 
     monkeypatch.setattr(session.flow, "decode", fails)
-    with pytest.raises(Refused, match="this place is too far out"):
+    with pytest.raises(Refused, match="this latent is too far out"):
         ask(answers.show, session, place={"source": a_sample(1234)})
     monkeypatch.setattr(answers, "account", lambda *args: Accounts(math.inf, {}))
     with pytest.raises(Refused, match="the likelihood of this image is not finite"):

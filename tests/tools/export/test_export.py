@@ -234,7 +234,7 @@ def test_the_command(tmp_path):
     before = tree(tmp_path)
     assert len(before) == 5
     again = quick("export", run, "--to", "torch", "--out", "new", cwd=tmp_path)
-    again.failed(2, "--out new: 'model.json' is there already")
+    again.failed(2, "--out new: 'model.json' already exists")
     gone = ["data.name=npz", "data.path=gone.npz", "--out", "x"]
     quick("export", run, *gone, cwd=tmp_path).failed(2, "gone.npz")
     quick("export", *gone, cwd=tmp_path).failed(2, "no MODEL given")

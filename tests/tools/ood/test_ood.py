@@ -270,7 +270,7 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     assert (outcome["in"]["loss"] is None) == (black == "inside")
     rows = results.scores_csv(comparison).decode().splitlines()[1:]
     assert [int(row.split(",")[1]) for row in rows] == 2 * [*range(5, 11)] and draw(comparison)
-    where = rf"2 of 6 images of {black} \({splits[black] or 'made'}\) have .* not finite: those at"
+    where = rf"2 of 6 images of {black} \({splits[black] or 'made'}\) have .* likelihood: indices"
     with pytest.raises(RunError, match=rf"{where} 7, 9$"):
         comparison.check_finite()
 
@@ -312,7 +312,7 @@ def test_other_images_and_a_model_without_validation_images(tmp_path):
         "e.score = bad"
     )
     found = quick("ood", trained()["glow"], *words, cwd=tmp_path, first=first)
-    found.failed(1, "1 of 10 images of digits (test) have a likelihood that is not finite")
+    found.failed(1, "1 of 10 images of digits (test) have a non-finite likelihood")
     outcome = json.loads(found.out)
     inside = outcome["in"]
     assert outcome["entropy_split"] == "train"

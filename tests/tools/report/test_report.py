@@ -279,7 +279,7 @@ def test_points_have_a_page(tmp_path):
     assert "2 x 1 x 1, real values" in page.text and "Best validation" not in page.text
     shown = [image["alt"] for image in page.all("img")]
     assert shown == ["Samples at temperature 1.0", "Paths between test images"]
-    assert page.text.count("real-valued data are no images") == 3
+    assert page.text.count("real-valued data are not images") == 3
 
 
 CODE = """

@@ -104,9 +104,9 @@ ENTRIES["q0.1.log_scale"] = torch.zeros(1, 2, 4, 4)
 REFUSALS = [
     ("rosinality", without(LOC), "no tensor blocks.0.flows.0"),
     ("rosinality", changed(LOC, lambda t: t[:, :3]), "1x3x1x1, expected 1x4x1x1"),
-    ("rosinality", changed(LOC, filled(math.nan)), "no finite real numbers"),
-    ("rosinality", changed(LOC, torch.Tensor.int), "no finite real numbers"),
-    ("rosinality", changed(LOC, lambda t: (t * math.nan).to(FLOAT8)), "no finite real numbers"),
+    ("rosinality", changed(LOC, filled(math.nan)), "not finite reals"),
+    ("rosinality", changed(LOC, torch.Tensor.int), "not finite reals"),
+    ("rosinality", changed(LOC, lambda t: (t * math.nan).to(FLOAT8)), "not finite reals"),
     ("rosinality", changed(LOC[:-3] + "initialized", filled(0)), "never trained"),
     ("rosinality", without("nothing", **{"a.b": ONE}), "has no tensor a.b"),
     ("rosinality", changed("blocks.1.prior.conv.bias", filled(9.0)), "at most 7.92"),

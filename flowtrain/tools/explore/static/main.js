@@ -382,7 +382,7 @@ function buildDirections() {
       box.append(made);
     }
     const title = about.levels.length > 1 ? `Principal directions of level ${nameOf(level).slice(6)}` : "Principal directions";
-    const hint = "in standard deviations of training images; the small pictures are this image 3 back and 3 forth";
+    const hint = "in standard deviations of training images; the small pictures show this image at -3 and 3";
     box.prepend(element("p", { class: "faint" }, hint));
     const open = level === about.principal.length - 1;
     const ontoggle = () => place.source && askEnds(asked());
