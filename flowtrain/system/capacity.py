@@ -1,5 +1,6 @@
 """How much memory a device has left, and how much a computation takes."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -53,38 +54,49 @@ def total() -> int:
 
 
 def _limit(cgroup: Path) -> int | None:
-    try:
-        return int((cgroup / "memory.max").read_text())
-    except (OSError, ValueError):  # ValueError: max
-        return None
+    return _number(cgroup, "memory.max", "memory.limit_in_bytes")
+
+
+def _number(cgroup: Path, *names: str) -> int | None:
+    """The number in the first of these files that has one: version 2 and 1 have other names."""
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: max
+            return int((cgroup / name).read_text())
+    return None
 
 
 def _control_groups(
     mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> list[Path]:
-    """The folders of this process's control group (version 2) and of the groups above it. In a
-    container, it is just `mount`.
+    """The folders of this process's control groups for memory (version 2, and version 1 if it has
+    the memory) and of the groups above them. In a container, each is just its mount.
     """
     try:
         lines = own.read_text().splitlines()
     except OSError:  # not Linux
         return []
-    path = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
-    group = mount / path.strip("/")
-    return [folder for folder in (group, *group.parents) if folder.is_relative_to(mount)]
+    found: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = mount / controllers
+            group = root / path.strip("/")
+            found += [each for each in (group, *group.parents) if each.is_relative_to(root)]
+    return found
 
 
 def _of_the_group(cgroup: Path) -> int:
-    limit = _limit(cgroup)
-    if limit is None:
+    limit, used = _limit(cgroup), _number(cgroup, "memory.current", "memory.usage_in_bytes")
+    if limit is None or used is None:
         return _UNLIMITED
     try:
-        used = int((cgroup / "memory.current").read_text())
         # Pages of files count as used, but the system drops them when memory is needed.
         statistics = dict(map(str.split, (cgroup / "memory.stat").read_text().splitlines()))
     except (OSError, ValueError):
         return _UNLIMITED
-    return max(0, limit - used + int(statistics.get("inactive_file", 0)))
+    # The numbers of version 1 are without the groups below, unless they begin with "total".
+    files = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
+    return max(0, limit - used + int(files))
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int:

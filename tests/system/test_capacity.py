@@ -33,6 +33,19 @@ def test_memory_limits_of_control_groups(tmp_path):
     limit(mount, 500, used=600)
     assert list(map(capacity._of_the_group, capacity._control_groups(mount, own))) == [0]
     assert capacity._control_groups(mount, tmp_path / "nothing") == []
+
+    own.write_text("5:cpu,cpuacct:/job/1\n4:memory:/job/1\n0::/\n")  # version 1, and no limit by 2
+    (mount / "memory.max").unlink()
+    old = mount / "memory"
+    (old / "job" / "1").mkdir(parents=True)
+    for folder, maximum in ((old, 2**63 - 4096), (old / "job", 800), (old / "job" / "1", 900)):
+        (folder / "memory.limit_in_bytes").write_text(f"{maximum}\n")
+        (folder / "memory.usage_in_bytes").write_text("100\n")
+        (folder / "memory.stat").write_text("inactive_file 5\ntotal_inactive_file 30\n")
+    groups = capacity._control_groups(mount, own)
+    assert groups == [old / "job/1", old / "job", old, mount]
+    assert min(map(capacity._of_the_group, groups)) == 730
+    assert min(filter(None, map(capacity._limit, groups))) == 800
     assert capacity.total() > 2**28 and capacity.available(torch.device("cpu")) <= capacity.total()
 
 

@@ -160,15 +160,17 @@ def _require_log(found: Record, model: LoadedModel) -> None:
         raise UserError(f"{run}: not a finished run")
     if model.config.train.clock != "wall":
         raise UserError(f"{run}: no wall-clock time (train.clock is {model.config.train.clock})")
-    if model.flow.image_context is not None or summary.best_validation_bits_per_dim is None:
+    if model.flow.image_context is not None or model.flow.kind.no_bits:
         raise UserError(f"{run}: no bits/dim of whole images")
     losses = [row.loss for row in found.rows if row.split == "validation" and row.loss is not None]
     times = [row.seconds for row in found.rows]
-    last = read(run / "checkpoints" / f"last{SUFFIX}").meta["progress"]
+    last = read(run / "checkpoints" / f"last{SUFFIX}").meta["progress"] or {}
     keys = ("step", "images", "seconds", "finished", "best_step")
     agreement = {
-        "last checkpoint": all(last[key] == getattr(summary, key) for key in keys),
-        "best validation figure": min(losses, default=None) == summary.best_validation_loss,
+        "last checkpoint": all(last.get(key) == getattr(summary, key) for key in keys),
+        "best validation figure": min(losses, default=None)
+        == summary.best_validation_loss
+        == summary.best_validation_bits_per_dim,
         "last step": max((row.step for row in found.rows), default=0) == summary.step,
         "times": times == sorted(times) and max(times, default=0) <= summary.seconds,
         "losses in the log of TensorBoard": all(_are_in_events(found, split) for split in SPLITS),

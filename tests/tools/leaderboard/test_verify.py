@@ -12,10 +12,12 @@ from cli_helpers import copy_of, metrics, quick, summary
 from helpers import SHARED, npz
 from torch.utils.tensorboard import SummaryWriter
 
+from flowtrain.checkpoints.format import write
 from flowtrain.checkpoints.load import load_model
 from flowtrain.config import parse
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
+from flowtrain.flow.dequantize import GaussianDequantizer
 from flowtrain.tools.leaderboard import verify as verifying
 from flowtrain.tools.leaderboard.verify import Benchmark, identity, verify
 
@@ -78,6 +80,10 @@ def test_a_sound_run(run):
     model = dataclasses.replace(model, config=model.config.model_copy(update={"train": train}))
     with pytest.raises(UserError, match="run: no wall-clock time"):
         verify(model, dataset(model.checkpoint.meta["config"]["data"]))
+    model = load_model(str(run), CPU)
+    model.flow.dequantizer = GaussianDequantizer(256, 0.05)
+    with pytest.raises(UserError, match="run: no bits/dim of whole images"):
+        verify(model, dataset(model.checkpoint.meta["config"]["data"]))
 
 
 @contextlib.contextmanager
@@ -120,10 +126,19 @@ def faster(run):
     edit(run / "summary.json", seconds=summary(run)["seconds"] / 2)
 
 
+def a_model_alone(run):
+    last = run / "checkpoints" / "last.safetensors"
+    write(last, *load_model(str(last), CPU).alone())
+
+
 CHANGES = {
     "its files disagree on the last checkpoint": faster,
+    "its files disagree on the last check": a_model_alone,
     "its files disagree on the best validation figure": lambda run: edit(
         run / "summary.json", best_validation_loss=1.0
+    ),
+    "its files disagree on the best validation": lambda run: edit(
+        run / "summary.json", best_validation_bits_per_dim=1.0
     ),
     "its files disagree on the times": lambda run: in_the_last_row(run, seconds=0.0),
     "its files disagree on the last step": lambda run: in_the_last_row(run, step=100),
