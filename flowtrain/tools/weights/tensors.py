@@ -55,7 +55,7 @@ class Tensors:
                 f"of another architecture, or of other images (give its data as KEY=VALUE)"
             )
         if not tensor.is_floating_point() or not tensor.double().isfinite().all():
-            raise UserError(f"{self.where}: {name} has values that are nott finite reals")
+            raise UserError(f"{self.where}: {name} has values that are not finite reals")
         return self.left.pop(name).double()
 
     def drop(self, *names: str) -> None:
