@@ -1,6 +1,7 @@
 """How much memory a device has left, and how much a computation takes."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -132,9 +133,13 @@ def moments(run: Callable[[], object], device: torch.device) -> list[int]:
     return found
 
 
-def kept(run: Callable[[], object]) -> int:
+class _Enough(Exception):
+    """Autograd keeps more than is of interest."""
+
+
+def kept(run: Callable[[], object], most: float = math.inf) -> int:
     """Bytes of tensors that autograd keeps for a backward pass at the peak of `run`, such as a
-    forward pass.
+    forward pass. It is stopped when they are more than `most`, and that number is returned.
     """
     holders: dict[int, int] = {}  # how many parts of the graph keep each piece of memory
     now = largest = 0
@@ -151,6 +156,8 @@ def kept(run: Callable[[], object]) -> int:
             if holders[self.key] == 1:
                 now += self.nbytes
                 largest = max(largest, now)
+            if now > most:
+                raise _Enough
 
         def __del__(self) -> None:
             nonlocal now
@@ -158,7 +165,7 @@ def kept(run: Callable[[], object]) -> int:
             if holders[self.key] == 0:
                 now -= self.nbytes
 
-    with saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+    with saved_tensors_hooks(Kept, lambda kept: kept.tensor), contextlib.suppress(_Enough):
         result = run()  # it holds the graph
-    del result
+        del result
     return largest

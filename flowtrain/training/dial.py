@@ -197,7 +197,7 @@ def _measured(
     image, or a batch that must not be divided, does not fit. All processes find the same.
     """
     flow, train = build_flow(config, data.shape, data.num_bins).to(device), config.train
-    image = max(1, activations_of_an_image(flow, config))
+    image = max(1, *distributed.all_gather_object(activations_of_an_image(flow, config)))
     free = min(distributed.all_gather_object(left(device)))
     batch, parts = train.batch_size, train.accumulate
     if free < image * (ROOM if divides else batch):

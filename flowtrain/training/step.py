@@ -177,7 +177,8 @@ def require_trainable(flow: Flow, config: Config, device: torch.device) -> None:
 
 def activations_of_an_image(flow: Flow, config: Config) -> int:
     """Bytes that the forward pass of a training step keeps for each image, from two small passes of
-    a flow that may be a new one. The peak of a step is somewhat higher.
+    a flow that may be a new one. The peak of a step is somewhat higher. If two images do not fit
+    into the memory that is left, the number is only known to be more than half of that.
     """
     random = generator(config.seed, Stream.ORDER)
     x = flow.kind.random((2, *flow.shape), random)
@@ -193,9 +194,11 @@ def activations_of_an_image(flow: Flow, config: Config) -> int:
         )
         labels = torch.zeros(count, dtype=torch.int64, device=flow.device) if flow.classes else None
         with autocast(config.train.precision, flow.device):
-            return kept(lambda: flow(of_x, of_noise, labels, executor))
+            return kept(lambda: flow(of_x, of_noise, labels, executor), half)
 
-    return max(0, of(2) - of(1))
+    half = left(flow.device) // 2
+    one = of(1)
+    return one if one > half else max(0, of(2) - one)
 
 
 def require_memory(flow: Flow, config: Config, device: torch.device) -> None:

@@ -91,6 +91,7 @@ def test_what_autograd_keeps():
     assert capacity.kept(lambda: [squares(3).sum().item() for _ in range(5)]) == 12000
     assert capacity.kept(lambda: x.exp().exp()) == 8000  # outputs, which are freed too
     assert capacity.kept(lambda: [x.exp().exp().sum().item() for _ in range(5)]) == 8000
+    assert capacity.kept(lambda: squares(9), most=8000) == 12000  # it is stopped
     with torch.no_grad():
         assert capacity.kept(lambda: squares(3)) == 0
 

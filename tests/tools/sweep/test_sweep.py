@@ -17,7 +17,7 @@ from run_files import a_run, validation_row
 
 from flowtrain.errors import Interrupted, UserError
 from flowtrain.tools.sweep import table
-from flowtrain.tools.sweep.plan import planned
+from flowtrain.tools.sweep.plan import begin, planned
 from flowtrain.tools.sweep.trials import Result
 from flowtrain.tools.sweep.work import Sweep, environments
 
@@ -187,6 +187,23 @@ def test_proposals_follow_from_the_losses(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"ranges needs the package optuna \(the extra sweep\)"):
         a_sweep(tmp_path / "one", ranges=ranges)
+
+
+def test_two_commands_may_begin_a_sweep_together(tmp_path, monkeypatch):
+    """One writes the plan between the looks of the other."""
+    plan, exists = a_plan(), Path.exists
+
+    def look(path):
+        found = exists(path)
+        monkeypatch.undo()
+        begin(tmp_path / "s", plan)
+        return found
+
+    monkeypatch.setattr(Path, "exists", look)
+    begin(tmp_path / "s", plan)
+    (tmp_path / "s" / "sweep.yaml").unlink()
+    with pytest.raises(UserError, match="holds other files than a sweep's"):
+        begin(tmp_path / "s", plan)
 
 
 def test_a_worker_for_each_core_or_gpu(monkeypatch):
