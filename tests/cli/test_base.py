@@ -15,6 +15,7 @@ from flowtrain.cli.main import app
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.system import threads
+from flowtrain.system.console import console
 
 
 def test_outputs_that_cannot_be_written(tmp_path):
@@ -82,6 +83,7 @@ def test_a_run_where_nothing_can_be_written_is_refused_first(
 ):
     """By the commands that write into the run if they are not told where."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "stderr", False)  # --json - changes it
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(Flow, "draw_latents", lambda *_: pytest.fail("it samples"))
     monkeypatch.setattr(Flow, "forward", lambda *_: pytest.fail("it computes"))

@@ -75,13 +75,13 @@ def draw(
     return torch.cat([part(start) for start in starts])[:num]
 
 
-def remove(folder: Path) -> None:
+def remove(parts: Path) -> None:
     """Removes the parts, and the folder, unless an equal command still writes there."""
-    remove_left_overs(folder)
-    for file in folder.glob("*.npy"):
+    remove_left_overs(parts)
+    for file in parts.glob("*.npy"):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        folder.rmdir()
+        parts.rmdir()
 
 
 def _file(folder: Path, start: int) -> Path:
