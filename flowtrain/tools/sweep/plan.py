@@ -125,7 +125,7 @@ def begin(folder: Path, plan: Plan) -> None:
     """
     file, content = folder / "sweep.yaml", plan.model_dump(mode="json")
     # Listed first, because another command may begin the same sweep meanwhile.
-    there = [each for each in folder.iterdir() if each.name[0] != "."] if folder.exists() else []
+    others = [each for each in folder.iterdir() if each.name[0] != "."] if folder.exists() else []
     if file.exists():
         if changed := differences(configuration.load_yaml(file), content):
             key, there, here = changed[0]
@@ -133,7 +133,7 @@ def begin(folder: Path, plan: Plan) -> None:
                 f"--out {folder}: another sweep, whose {key.removeprefix('base.')} is {there!r}, "
                 f"not {here!r}; give another folder"
             )
-    elif there:
+    elif others:
         raise UserError(f"--out {folder}: holds other files than a sweep's; give another folder")
     make_folder_of(file)
     for path, values in ((file, content), (folder / "config.yaml", plan.base)):
