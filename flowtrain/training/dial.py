@@ -56,12 +56,15 @@ def configured(
     device: torch.device,
 ) -> Config:
     """The configuration of `flowtrain train NAME --budget TIME --for PURPOSE`: that in `run_dir`,
-    from an earlier command, or else a new choice. `settings` (`KEY=VALUE`) have the last word.
+    from an earlier command, or else a new choice. `settings` (`KEY=VALUE`) have the last word,
+    also on the budget.
 
     Raises `UserError` as `choose` does, for a wrong `budget`, and if the run in `run_dir` was for
     other data or another purpose.
     """
-    length = configuration.parse({"train": {"budget": budget}}, "--budget").train.budget
+    own = [each for each in settings if each.partition("=")[0].strip() == "train.budget"]
+    of_time = configuration.override({"train": {"budget": budget}}, own)
+    length = configuration.parse(of_time, "--budget").train.budget
     assert length is not None
     path = run_dir / "config.yaml"
     # Perhaps only one machine has the run directory.
@@ -177,6 +180,8 @@ def choose(
     # A causal flow takes long for a picture, so the one at the end must do.
     pictured = 10 * _round(steps) if family is CAUSAL else 2 * every
     keys |= {"validate_every": every, "checkpoint_every": every, "sample_every": pictured}
+    own = config(size).train
+    keys["warmup_steps"] = min(own.warmup_steps, (own.num_steps or steps) // 10)
     return config(size, log_every=min(100, max(10, every // 10)), **keys)
 
 

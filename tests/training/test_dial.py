@@ -99,7 +99,8 @@ def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_pat
     assert train.sample_every > 1000
     assert choose(data, purpose="latents").train.sample_every < 1000
     pace(10)
-    assert choose(data).train.budget == 1800
+    train = choose(data).train
+    assert (train.budget, train.warmup_steps) == (1800, 9)  # of 90 steps
 
 
 def test_a_batch_is_divided_until_it_fits(tmp_path, pace):
@@ -218,6 +219,15 @@ CHOSEN = "{data: {name: npz, path: x.npz}, model: {name: causal}, train: {budget
 def chosen_before(folder, config=CHOSEN, settings=(), name="x.npz"):
     (folder / "config.yaml").write_text(config)
     return dial.configured(name, "2h", "likelihood", settings, folder, CPU)
+
+
+def test_a_budget_among_the_settings_counts(tmp_path, pace):
+    data, words = tmp_path / "x.npz", ["train.budget=100"]
+    npz(data, 400, shape=(32, 32, 3))
+    pace(0.1)
+    found = dial.configured(str(data), "2h", "likelihood", words, tmp_path / "run", CPU)
+    assert found.resolved() == choose(data, 100.0, settings=words).resolved()
+    assert found.model.options()["width"] == 160
 
 
 def test_another_budget_is_for_the_configuration_chosen_before(tmp_path, monkeypatch):

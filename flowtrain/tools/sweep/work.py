@@ -24,13 +24,14 @@ Environment = Mapping[str, str]
 
 
 def environments(device: torch.device, workers: int | None) -> list[Environment]:
-    """What the commands of each worker have in their environment: a core of the CPU, unless
-    OMP_NUM_THREADS has another number of them, or one of the GPUs.
+    """The environment of the commands of each worker: one core of the CPU, or the number in
+    OMP_NUM_THREADS, or one of the GPUs.
     """
     if device.type == "cpu":
-        threads = os.environ.get("OMP_NUM_THREADS", "1")
-        count = workers or max(1, joblib.cpu_count() // int(threads))
-        return [{"OMP_NUM_THREADS": threads}] * count
+        first = os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]  # of nested regions
+        threads = max(1, int(first)) if first.isdecimal() else 1
+        count = workers or max(1, joblib.cpu_count() // threads)
+        return [{"OMP_NUM_THREADS": str(threads)}] * count
     if device.type != "cuda" or device.index is not None:
         return [{}] * (workers or 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -207,8 +207,9 @@ def test_two_commands_may_begin_a_sweep_together(tmp_path, monkeypatch):
 
 
 def test_a_worker_for_each_core_or_gpu(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert environments(CPU, 3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    for given, threads in (("2", "2"), ("4,2", "4"), ("0", "1"), ("", "1")):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert environments(CPU, 3) == [{"OMP_NUM_THREADS": threads}] * 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     gpus = environments(torch.device("cuda"), None)
