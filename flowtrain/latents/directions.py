@@ -1,6 +1,7 @@
 """Directions of attributes in latent space, which separate images with an attribute from others."""
 
 import io
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -249,7 +250,10 @@ def add(model: LoadedModel, found: Sequence[Direction]) -> dict[str, Direction]:
         before = of_these_weights(model)
         if path.exists() and not before:
             its = "".join(filter(str.isalnum, str(ArrayFile(path).read("model", "U", ()))))
-            path.rename(aside := path.with_stem(f"{path.stem}-{its[:8]}"))
+            aside, number = path.with_stem(f"{path.stem}-{its[:8]}"), itertools.count(2)
+            while aside.exists():
+                aside = path.with_stem(f"{path.stem}-{its[:8]}-{next(number)}")
+            path.rename(aside)
             log.warning("%s was of other weights: renamed to %s", path, aside)
         after = before | {each.name: each for each in found}
         save(path, list(after.values()), model_hash(model))

@@ -101,9 +101,11 @@ def read_points(paths: Sequence[Path], model: LoadedModel) -> Tensor:
     channels = model.flow.shape[0]
     flat = len(file.header(name).shape) == 2
     values = file.read(name, "f", (None, channels) if flat else (None, 1, 1, channels))
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+        values = values.astype(np.float32)
     if not len(values) or not np.isfinite(values).all():
         raise UserError(f"{paths[0]}: it has no points, or one that is not finite")
-    return torch.from_numpy(values.astype(np.float32)).reshape(-1, *model.flow.shape)
+    return torch.from_numpy(values).reshape(-1, *model.flow.shape)
 
 
 def picture_names(names: Sequence[str]) -> list[str]:

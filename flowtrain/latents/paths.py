@@ -30,13 +30,14 @@ KEPT = 0.5
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """Spherical interpolation (Shoemake 1985) between latents `(D,)` at each `t` `(S,)`: `(S, D)`.
 
-    The ends are exactly `a` and `b`. In between, the norm stays typical of a standard normal, where
-    a straight line, used for (anti)parallel latents only, would pass through the improbable middle.
+    The ends are exactly `a` and `b`. In between, the norm stays typical of a standard normal. A
+    straight line would pass through the improbable middle. It is for (anti)parallel latents only,
+    and for a latent of zeros, which has no angle.
     """
     cosine = torch.dot(a, b) / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
     t = t[:, None]
-    if torch.sin(angle) < 1e-4:
+    if not torch.sin(angle) >= 1e-4:  # or NaN
         path = a + t * (b - a)
     else:
         path = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)

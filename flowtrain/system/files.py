@@ -293,12 +293,13 @@ def check_names(names: Iterable[str]) -> None:
     one folder, and nowhere else.
     """
     names = list(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{shown(name)} is not a file name")
     seen = set(names)
     if len(seen) < len(names):
         raise ValueError("two files have the same name")
     for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"{shown(name)} is not a file name")
         parts = name.split("/")
         if any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"{shown(name)} is not a plain relative path")
@@ -346,7 +347,7 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
     with _naming(out):
         home = out if there else out.parent
         home.mkdir(parents=True, exist_ok=True)
-        with new_folder(home / out.name) as temporary:
+        with new_folder(home / (out.name or "all")) as temporary:  # "." has no name
             for name, data in files:
                 names.append(name)
                 with _naming(out / name):
@@ -356,9 +357,12 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
             if not there:
                 temporary.rename(out)
                 return
-            for name in names:
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                (temporary / name).rename(out / name)
+            with contextlib.ExitStack() as undo:
+                for name in names:
+                    (out / name).parent.mkdir(parents=True, exist_ok=True)
+                    (temporary / name).rename(out / name)
+                    undo.callback((out / name).unlink)
+                undo.pop_all()
 
 
 @contextlib.contextmanager

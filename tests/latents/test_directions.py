@@ -156,6 +156,10 @@ def test_attributes_of_other_weights_are_kept_under_another_name(model, tmp_path
         directions.named(model, "a")
     assert list(directions.add(model, [other])) == list(directions.existing(model)) == ["4-to-9"]
     assert {each.name for each in path.parent.iterdir()} == {path.name, "attributes-01234567.npz"}
+    directions.save(path, [other], "0123456789")  # found since, and nothing is lost
+    directions.add(model, [other])
+    for number, name in (("", "a"), ("-2", "4-to-9")):
+        assert np.load(path.with_stem(f"attributes-01234567{number}"))["name"].tolist() == [name]
     one = dataclasses.replace(other, accuracy=0.25)
     assert directions.add(model, [one])["4-to-9"].accuracy == 0.25  # the newer one of a name
     (tmp_path / "own.py").write_text("")

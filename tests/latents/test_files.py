@@ -2,6 +2,7 @@
 
 import io
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +85,14 @@ def test_images_that_do_not_come_back_and_names_of_pictures(monkeypatch):
     assert encoding.picture_names(["a.png", "b/c.JPG"]) == ["a.png", "b/c.JPG.png"]
     with pytest.raises(UserError, match="names: two files have the same name"):
         encoding.picture_names(["a", "a.png"])
+
+
+@pytest.mark.parametrize("count, value", [(0, 0), (3, np.nan), (3, 1e300)])
+def test_points_that_are_none_are_refused(count, value, tmp_path):
+    np.save(tmp_path / "x.npy", np.full((count, 2), value, float))
+    model = SimpleNamespace(flow=SimpleNamespace(shape=(2, 1, 1)))
+    with pytest.raises(UserError, match="x.npy: it has no points, or one that is not finite"):
+        encoding.read_points([tmp_path / "x.npy"], model)
 
 
 NINE = ["--split", "test", "--num-images", 9]

@@ -51,6 +51,8 @@ def test_a_sphere_joins_latents_of_one_norm():
     angles = torch.arccos(torch.cosine_similarity(found, a[None]))
     torch.testing.assert_close(angles[1] * 4, angles[3])
     torch.testing.assert_close(paths.slerp(a, 3 * a, torch.tensor([0.5])), 2 * a[None])
+    # The mode of the base, a sample at temperature 0, has no angle.
+    torch.testing.assert_close(paths.slerp(0 * a, b, torch.tensor([0.5])), b[None] / 2)
 
 
 def test_paths_between_classes_by_the_means_and_by_their_priors():

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and which files are read."""
 
 import ast
+import errno
 import fcntl
 import os
 import signal
@@ -180,11 +181,31 @@ def test_a_folder_is_written_whole_or_not_at_all(there, tmp_path):
         write_folder(out, [("a.png/c", b"")])
 
 
+def test_the_current_folder_is_filled_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made, rename = [("a", b"1"), ("inner/b", b"2")], Path.rename
+
+    def full(source, target):
+        if target.name == "b":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(RunError, match="No space left"):
+        write_folder(Path(), made)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path(), made)
+    assert names(tmp_path) == ["a", "inner"] and names(tmp_path / "inner") == ["b"]
+
+
 @pytest.mark.parametrize(
     "names, message",
     [
         (["a", "b", "a"], "two files have the same name"),
         ([1], "1 is not a file name"),
+        ([["a"]], r"\['a'\] is not a file name"),
         *[([name], "is not a plain relative path") for name in ("", "/a", "a/../b", "./a", "a//b")],
         (["a/" * 100 + "b"], "is in more than 99 folders"),
         (["a\0"], "has a character that no file name can have"),

@@ -148,7 +148,9 @@ def _model_and_files(inputs: list[str]) -> tuple[str | None, list[Path]]:
     """
     from flowtrain.checkpoints import hub, zoo
 
-    first = inputs[0] if inputs else ""
+    if not inputs:
+        return None, []
+    first = inputs[0]
     trained = first in zoo.names() and not os.path.lexists(first)
     is_run = os.path.isdir(os.path.join(first, "checkpoints"))  # noqa: PTH112, PTH118 (never raises)
     is_model = is_run or trained or first.startswith(hub.PREFIX) or first.endswith(".safetensors")

@@ -91,7 +91,8 @@ class Description(BaseModel):
     lengths: list[NonNegativeInt]  # in an archive of all parts but the last; here of all
     streams: list[StreamDescription] = []
     stored: list[int] = []
-    checked: PositiveInt = 1  # images with one checksum; the last one may have fewer
+    # images with one checksum; the last one may have fewer
+    checked: Annotated[int, Field(ge=1, le=LARGEST_CHUNK)] = 1
     sides: Literal[1, 2, 4, 8] = 1  # of which bits for each image choose the one that is here
     tall: bool = False  # whether the strips are as tall as a picture can be
     model: ModelDescription | None = None
@@ -115,7 +116,7 @@ class Description(BaseModel):
         strip while it is read, or of an image while it is written.
         """
         pixels = math.prod(self.shape)
-        strip = min(self.images, strip_length(self.shape[1])) * pixels
+        strip = min(self.images, self.longest_strip) * pixels
         return self.images * (pixels + BYTES_PER_IMAGE) + max(4 * strip, 12 * pixels)
 
     @property
@@ -126,9 +127,14 @@ class Description(BaseModel):
         return list(self.names)
 
     @property
+    def longest_strip(self) -> int:
+        """The most images in a strip."""
+        return (tall_length if self.tall else strip_length)(self.shape[1])
+
+    @property
     def strips(self) -> list[int]:
         """The number of images in each strip."""
-        each = tall_length(self.shape[1]) if self.tall else strip_length(self.shape[1])
+        each = self.longest_strip
         return [min(each, len(self.stored) - i) for i in range(0, len(self.stored), each)]
 
     def check_counts(self, following: int) -> None:
@@ -147,6 +153,8 @@ class Description(BaseModel):
     def check_images(self) -> None:
         """Raises `ValueError` unless each image has a valid name and one place among the parts."""
         check_names(self.files)
+        if self.sides > 4 and self.shape[1] != self.shape[2]:
+            raise ValueError("there are transposed images, and these are not square")
         if not self.streams:
             self.stored, self.model = list(range(self.images)), None
         elif self.model is None or not self.versions:

@@ -115,7 +115,7 @@ def from_table(path: Path, folder: Path, model: LoadedModel, most: int, seed: in
             f"--csv {path}: its first line has to name the columns: file, and one for each "
             f"attribute"
         )
-    names = header[1:]
+    names = [name.strip() for name in header[1:]]
     for name, times in Counter(names).items():
         check_name(name)
         if times > 1:

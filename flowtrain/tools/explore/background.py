@@ -3,6 +3,7 @@
 They are computed a few images at a time, while no request waits, and grow until all is done.
 """
 
+import math
 import time
 
 import numpy as np
@@ -81,8 +82,11 @@ class Background:
 
     @property
     def entropy(self) -> float | None:
-        """The mean loss of the reference images, or None before there is any."""
-        return float(self.reference.mean()) if len(self.reference) else None
+        """The mean loss of the reference images, or None before there is any, or if it is not
+        finite.
+        """
+        mean = float(self.reference.mean()) if len(self.reference) else math.nan
+        return mean if math.isfinite(mean) else None
 
     def _encode(self, check: Check) -> None:
         start = len(self.latents)

@@ -1,5 +1,6 @@
 """`flowtrain inpaint`."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -114,6 +115,8 @@ def inpaint(
     with ProgressBar("sampling") as bar:
         found = posterior.sample(loaded.flow, given.constraint, num_images, steps, seed, label, bar)
     losses = loaded.flow.loss(log_probs(loaded.flow, found.x)).tolist()  # as `evaluate`
+    if not all(map(math.isfinite, losses)):
+        raise FloatingPointError("the likelihood of a sample is not finite")
     if one_file:
         save(out, completion.npz(loaded, given, found, losses, seed))
     else:

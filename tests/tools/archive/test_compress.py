@@ -25,6 +25,7 @@ from flowtrain.pictures.lossless import encoded, file_sizes
 from flowtrain.tools.archive import compress, strips
 from flowtrain.tools.archive import format as archive
 from flowtrain.tools.archive.codec import Codec, DirectCodec, coder_of
+from flowtrain.tools.archive.command import _model_and_files
 from flowtrain.tools.archive.inputs import ordinary_sizes
 
 pytest.importorskip("constriction")
@@ -287,6 +288,13 @@ def test_another_model_is_refused(model, tmp_path):
 
 
 # --- the commands ---------------------------------------------------------------------------------
+
+
+def test_a_folder_of_checkpoints_is_no_model_that_was_given(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _model_and_files([]) == (None, [])
+    assert _model_and_files([".", "a"]) == (".", [Path("a")])
 
 
 def test_files_come_back_in_a_process_with_other_threads(tmp_path):

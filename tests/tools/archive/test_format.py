@@ -53,7 +53,7 @@ CRAFTED = [
     *({"shape": shape} for shape in SHAPES),
     *({"levels": levels} for levels in (1, 257, "x", [], 3)),
     *({"names": names} for names in (["a.png"], ["a", "b", "c"], 7, {"a": 1, "b": 2}, "test")),
-    *({"names": [name, "b.png"]} for name in ("../a", "\ud800", "b.png/c.png", 5, None)),
+    *({"names": [name, "b.png"]} for name in ("../a", "\ud800", "b.png/c.png", 5, None, [])),
     *({"names": "test", "count": count} for count in (1, 3, 10**12, -1, "x")),
     {"streams": [STREAM]},
     {"streams": 5},
@@ -68,6 +68,17 @@ def test_a_crafted_archive_is_one_error(changes, tmp_path):
     readable = "cannot be read" if "strip" in changes or "shape" in changes else "not a valid"
     with pytest.raises(UserError, match=f"not a valid archive|{readable}"):
         opened(tmp_path / "a", stored(**changes)).images(None)
+
+
+@pytest.mark.parametrize("changes", [{"checked": 2**70}, {"sides": 8}], ids=str)
+def test_a_crafted_archive_of_one_image_is_one_error(changes, tmp_path):
+    x, sides = torch.zeros(1, 1, 2, 3, dtype=torch.uint8), b""
+    if "sides" in changes:
+        sides = archive.packed_sides(torch.tensor([4]), 8)
+    claim = {"shape": [1, 2, 3], "levels": 17, "names": ["a.png"], **changes}
+    sums = archive.checksum(x).to_bytes(4, "little")
+    with pytest.raises(UserError, match="not a valid archive"):
+        opened(tmp_path / "a", archive.pack(claim, [sums + sides, strips.strip(x)])).images(None)
 
 
 def deflated(text: bytes) -> bytes:
@@ -225,13 +236,19 @@ print(peak() - before, found.description.memory)
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("kind", ["many", "png"])
+@pytest.mark.parametrize("kind", ["many", "png", "tall"])
 def test_unpacking_takes_the_memory_that_was_foreseen(kind, tmp_path):
     data = bomb(20_000)
     if kind == "png":
         x = torch.zeros(1, 8000, 10_000, dtype=torch.uint8)
         claim = {"shape": list(x.shape), "levels": 256, "names": ["a.png"]}
         data = archive.pack(claim, [archive.checksum(x).to_bytes(4, "little"), encoded(x, "PNG")])
+    if kind == "tall":
+        x = torch.zeros(16_383, 1, 1, 5000, dtype=torch.uint8)
+        claim = {"shape": [1, 1, 5000], "levels": 256, "names": "x", "count": len(x)}
+        sums = archive.checksum(x[0]).to_bytes(4, "little") * len(x)
+        tall = zlib.compress(bytes(x.numel()))
+        data = archive.pack({**claim, "tall": True}, [sums, tall])
     (tmp_path / "a.fta").write_bytes(data)
     words = [sys.executable, "-c", PEAK, tmp_path / "a.fta"]
     done = subprocess.run(words, stdout=subprocess.PIPE, check=True)

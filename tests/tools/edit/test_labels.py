@@ -40,7 +40,7 @@ def table(photos, text) -> Path:
 
 def test_tables(model, photos):
     """As spreadsheets write them: with a mark of the encoding, spaces, quotes and empty lines."""
-    text = '\ufefffile,dark,round\na.png,1,0\n\n"sub/c.png", 0 ,1\nb.png,1,1\n'
+    text = '\ufefffile,dark, round\na.png,1,0\n\n"sub/c.png", 0 ,1\nb.png,1,1\n'
     found = labels.from_table(table(photos, text), photos, model, 10)
     assert {name: values.tolist() for name, values in found.attributes.items()} == {
         "dark": [True, False, True],

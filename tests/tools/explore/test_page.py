@@ -216,6 +216,30 @@ def test_the_models_figures(page):
     assert page.get_attribute("#shown", "alt") == "Test image 5"
 
 
+def test_a_map_has_as_many_cells_as_the_image(page):
+    """More than a function can have arguments."""
+    page.evaluate(
+        """async side => {
+          const { show } = await import("/facts.js");
+          const map = { size: [side, side], values: btoa("\\0".repeat(4 * side ** 2)), loss: 1 };
+          const answer = { loss: 1, map, levels: [], noise: 0, class: null, scores: [] };
+          show(answer, { exact: true, unit: "bits/dim" });
+        }""",
+        512,
+    )
+    assert page.locator("#maps canvas").get_attribute("width") == "512"
+
+
+def test_nothing_is_copied_without_a_clipboard(page):
+    """Which plain HTTP lacks, but for the machine itself."""
+    copy = page.locator(".copy:visible")
+    playwright.expect(copy).to_have_count(2)
+    page.add_init_script("delete Navigator.prototype.clipboard")
+    page.reload()
+    page.wait_for_selector("body[data-facts]")
+    playwright.expect(copy).to_have_count(0)
+
+
 def choose_second(page, tab):
     """Opens a sample, and chooses a second one in a tab. Returns both images and its button."""
     open_sample(page)

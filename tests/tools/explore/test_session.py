@@ -1,6 +1,7 @@
 """The responses to the page, as numbers: places, ranks, neighbours, and limits of memory."""
 
 import io
+import json
 import math
 
 import numpy as np
@@ -217,6 +218,13 @@ def test_ranks_are_those_of_an_evaluation(session):
     own = losses - complexity(x)
     assert corrected["value"] == pytest.approx(own[7], abs=1e-3)
     assert corrected["below"] == pytest.approx(np.mean(own < own[7]), abs=0.01)
+
+
+def test_a_reference_without_a_finite_likelihood_is_no_entropy(session, monkeypatch):
+    monkeypatch.setattr(session.data, "reference", np.array([3.0, math.inf]))
+    facts = ask(answers.facts, session, place={"source": IMAGE})
+    assert [each["name"] for each in facts["scores"]] == ["likelihood", "complexity_corrected"]
+    json.dumps(facts, allow_nan=False)  # as the server writes it
 
 
 def test_neighbours_of_a_training_image_begin_with_it(session):

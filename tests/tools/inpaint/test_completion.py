@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 import torch
+import typer
 from catalogue import TINY_RUN, sets
 from cli_helpers import FOLDER, quick
 from helpers import a_config, agrees, images, tiny_flow
@@ -14,7 +16,9 @@ from PIL import Image
 
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.splits import DataSet
+from flowtrain.latents import paths
 from flowtrain.tools.inpaint import completion
+from flowtrain.tools.inpaint.command import inpaint
 from flowtrain.tools.inpaint.posterior import Posterior
 
 
@@ -102,3 +106,17 @@ def test_the_command():
     line[3] = saved(folder / "small.png", x[:, ::2, ::2])
     done = quick(*line, "--factor", 2, "--out", "c", cwd=folder).ok()
     assert "the means of patches of 2x2 pixels are known" in done.out
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("out", ["a", "a.npz"])
+def test_samples_without_a_finite_likelihood_are_an_error(out, tmp_path, monkeypatch, capsys):
+    mask = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    mask[:, 4:] = 255
+    x, mask = saved(tmp_path / "x.png", images(1, (1, 8, 8))[0]), saved(tmp_path / "m.png", mask)
+    monkeypatch.setattr(paths, "log_probs", lambda flow, x: torch.full((len(x),), -math.inf))
+    options = {"model": "glow_digits", "num_images": 1, "steps": 8}
+    with pytest.raises(typer.Exit) as ended:
+        inpaint(image=x, mask=mask, out=tmp_path / out, **options)
+    assert ended.value.exit_code == 1 and not (tmp_path / out).exists()
+    assert "the likelihood of a sample is not finite" in capsys.readouterr().err

@@ -27,7 +27,8 @@ function colour(share) {
 function map(title, { size, values, loss }, unit) {
   const [height, width] = size;
   const cells = numbers(values);
-  const [low, high] = [Math.min(...cells), Math.max(...cells)];
+  const low = cells.reduce((a, b) => Math.min(a, b)); // there may be too many for arguments
+  const high = cells.reduce((a, b) => Math.max(a, b));
   const words = `${title}: ${loss.toFixed(3)} ${unit}, from ${low.toFixed(2)} to ${high.toFixed(2)}`;
   const canvas = element("canvas", { width, height, role: "img", "aria-label": words });
   const context = canvas.getContext("2d");

@@ -472,6 +472,7 @@ function listen() {
     download("gif", { place: { source: place.source, other: place.other }, steps: 24 }, "path.gif"),
   );
   for (const button of $$(".copy")) {
+    button.hidden = !navigator.clipboard; // which plain HTTP from another machine lacks
     button.addEventListener("click", async () => {
       await navigator.clipboard.writeText($("code", button.parentElement).textContent);
       say("Copied");
