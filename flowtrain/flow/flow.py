@@ -253,10 +253,8 @@ class Flow(nn.Module):
             labels = checked_labels(labels, self.classes, len(x)).to(self.device)
         if context is not None:
             context = self._checked_context(context, len(x))
-        bounds = [
-            self(x, draw_noise(x.shape, generator, x.device), labels, context=context).total
-            for _ in range(draws)
-        ]
+        noise = draw_noise((len(x), draws, *self.shape), generator, x.device)
+        bounds = [self(x, u, labels, context=context).total for u in noise.unbind(dim=1)]
         return self.kind.over_draws(torch.stack(bounds))
 
     def log_density(
