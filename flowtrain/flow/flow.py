@@ -15,6 +15,8 @@ from flowtrain.bijections.execution import FUSED, Initializing
 from flowtrain.bijections.inverses import MatchingInverse
 from flowtrain.bijections.orders import order_context, turn_each, turned
 from flowtrain.bijections.ordinal import discrete_model
+from flowtrain.bijections.sphere import of_angles
+from flowtrain.bijections.spline import whole_turns
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
     ClassContext,
@@ -146,6 +148,11 @@ class Flow(nn.Module):
             f"  parameters: {parameters:,}, {self.dtype} on {self.device}\n"
             f"  layers: {len(layers)} ({names})"
         )
+
+    def distance(self, one: Tensor, other: Tensor) -> Tensor:
+        """`|one - other|` of each entry, where whole turns of angles make no difference."""
+        error = one - other
+        return (error - whole_turns(error) if of_angles(self.bijection) else error).abs()
 
     def loss(self, log_prob: Tensor) -> Tensor:
         """The loss in `kind.unit`, from nats: for example bits per dimension of images."""
