@@ -18,7 +18,7 @@ Trace = Literal["auto", "exact", "hutchinson"]
 EXACT_DIMS = 16  # up to this D an exact trace costs little more than an estimate
 FIRST_STEP = 0.1  # the solver chooses the other steps itself
 MAX_STEPS = 1000  # per solution; more are a sign of weights that blow up
-EVALUATION = 0.01  # factor of the tolerances when no gradient is recorded
+EVALUATION = 0.01  # factor of the tolerances if no gradient of the parameters is recorded
 ROUNDING = 16  # a solver cannot keep tolerances below this multiple of the float's precision
 STAGES = 8  # intervals of time in a picture of the way from the base to the data
 
@@ -84,17 +84,17 @@ class Continuous(Bijection):
     It solves `dx/dt = f(x, t)`, and `log|det| = int_0^1 tr(df/dx) dt`. The inverse solves both
     from t = 1 to t = 0.
 
-    **The trace** is exact if no gradient is recorded, so every reported likelihood uses the exact
-    trace. With gradients, `exact` is exact too, and `hutchinson` is Hutchinson's estimate from one
-    probe of random signs per example (eq. 7-8). `auto` is exact up to D = 16, and the estimate
-    above. The signs are a function of the bits of the example: they change with the dequantization
-    noise, and stay the same when a step is computed again, after resuming, or in another batch.
-    With `train.memory: reversible` the backward pass has the example only up to rounding, so its
-    gradient is as good, but comes from another estimate.
+    **The trace** is exact if no gradient of the parameters is recorded, so every reported
+    likelihood uses the exact trace. With such gradients, `exact` is exact too, and `hutchinson` is
+    Hutchinson's estimate from one probe of random signs per example (eq. 7-8). `auto` is exact up
+    to D = 16, and the estimate above. The signs are a function of the bits of the example: they
+    change with the dequantization noise, and stay the same when a step is computed again, after
+    resuming, or in another batch. With `train.memory: reversible` the backward pass has the example
+    only up to rounding, so its gradient is as good, but comes from another estimate.
 
     **Tolerances and the batch**: the error of each entry and log-determinant stays within `atol +
     rtol * |change so far|` per step. All examples of a batch share the step sizes, so results in
-    two batches differ within the tolerances. Without gradients, the tolerances are 100 times
+    two batches differ within the tolerances. Without those gradients, the tolerances are 100 times
     tighter, 1e-6 with the defaults. The differences are then a few 1e-6 bits/dim, about float32
     rounding. No tolerance is below 16 times the precision of the numbers.
 
@@ -162,7 +162,9 @@ class Continuous(Bijection):
         finite = x.isfinite().all(dim=1, keepdim=True)
         # The solver's state is the change from x, which rounds more finely than x plus the change.
         origin = F.pad(torch.where(finite, x, 0), (0, 1))
-        for_gradient = for_gradient or torch.is_grad_enabled()
+        # A trained flow records gradients of its input at most, and its likelihood is reported.
+        trains = any(parameter.requires_grad for parameter in self.parameters())
+        for_gradient = for_gradient or (trains and torch.is_grad_enabled())
         probes = self._probes(x, for_gradient)
         self.evaluations = 0
 

@@ -120,6 +120,11 @@ class CirclesToNormal(Bijection):
         return _normal_to_circle(z), _log_normal_to_circle(z)
 
 
+def of_angles(bijection: Bijection) -> bool:
+    """Whether a layer maps angles, to which whole turns make no difference."""
+    return any(isinstance(part, Bijection) and part.of_angles for part in bijection.modules())
+
+
 def _circle_to_normal(angle: Tensor) -> Tensor:
     share = 0.5 + (angle - whole_turns(angle)) / (2 * math.pi)
     z: Tensor = torch.special.ndtri(share.clamp(EDGE, 1 - EDGE))

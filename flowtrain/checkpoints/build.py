@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from flowtrain import config as configuration
 from flowtrain.bijections import Bijection, Sequential, Standardize
 from flowtrain.bijections.ordinal import discrete_model
+from flowtrain.bijections.sphere import of_angles
 from flowtrain.config import Config, Dequantization, Model
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassContext, ClassPrior
@@ -130,7 +131,7 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
                 f"{type(bijection).__name__}, expected a Bijection with parameters"
             )
         # Each column of vectors has a unit of its own, but angles and points of a sphere have none.
-        if config.data.name == "vectors" and not _of_angles(bijection):
+        if config.data.name == "vectors" and not of_angles(bijection):
             bijection = Sequential(Standardize(shape), bijection)
         latent_dims = bijection.latent_dims(math.prod(shape))
         class_prior: ClassPrior | ClassContext | None = None
@@ -160,10 +161,6 @@ def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
         # After the bijection, so that its weights are the same with any noise.
         dequantizer = _build_dequantizer(config.dequantization, shape, num_bins)
     return Flow(bijection, dequantizer, shape, class_prior, image_context)
-
-
-def _of_angles(bijection: Bijection) -> bool:
-    return any(isinstance(part, Bijection) and part.of_angles for part in bijection.modules())
 
 
 def _image_context(model: Model, shape: Shape, num_bins: int | None) -> ImageContext | None:

@@ -35,8 +35,8 @@ def reconstruction_error(flow: Flow, x: Tensor) -> float:
     v = flow.dequantizer.middle(x, flow.dtype)
     seen = flow.conditioning(len(x), context=flow.context_of(x))
     back = flow.bijection.inverse(flow.bijection(v, seen)[0], seen)[0]
-    error = (flow.dequantizer.to_unit(back) - flow.dequantizer.to_unit(v)).abs() * flow.kind.scale
-    return error.max().item()
+    error = flow.distance(flow.dequantizer.to_unit(back), flow.dequantizer.to_unit(v))
+    return error.max().item() * flow.kind.scale
 
 
 def evaluate(

@@ -15,6 +15,8 @@ from flowtrain.bijections.execution import FUSED, Initializing
 from flowtrain.bijections.inverses import MatchingInverse
 from flowtrain.bijections.orders import order_context, turn_each, turned
 from flowtrain.bijections.ordinal import discrete_model
+from flowtrain.bijections.sphere import of_angles
+from flowtrain.bijections.spline import whole_turns
 from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import (
     ClassContext,
@@ -147,6 +149,11 @@ class Flow(nn.Module):
             f"  layers: {len(layers)} ({names})"
         )
 
+    def distance(self, one: Tensor, other: Tensor) -> Tensor:
+        """`|one - other|` of each entry, where whole turns of angles make no difference."""
+        error = one - other
+        return (error - whole_turns(error) if of_angles(self.bijection) else error).abs()
+
     def loss(self, log_prob: Tensor) -> Tensor:
         """The loss in `kind.unit`, from nats: for example bits per dimension of images."""
         return self.kind.loss(log_prob, self.dims)
@@ -253,10 +260,8 @@ class Flow(nn.Module):
             labels = checked_labels(labels, self.classes, len(x)).to(self.device)
         if context is not None:
             context = self._checked_context(context, len(x))
-        bounds = [
-            self(x, draw_noise(x.shape, generator, x.device), labels, context=context).total
-            for _ in range(draws)
-        ]
+        noise = draw_noise((len(x), draws, *self.shape), generator, x.device)
+        bounds = [self(x, u, labels, context=context).total for u in noise.unbind(dim=1)]
         return self.kind.over_draws(torch.stack(bounds))
 
     def log_density(

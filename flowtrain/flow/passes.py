@@ -81,12 +81,14 @@ def sampling_batch_size(flow: Flow) -> int:
 
 def denoising_batch_size(flow: Flow) -> int:
     """The number of images to decode and denoise at a time, a power of two."""
-    v = flow.dequantizer.middle(torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device))
+    x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
 
     def denoise(images: Tensor) -> Tensor:
-        return flow.denoised(images, flow.classes_in_turn(len(images)))
+        count = len(images)
+        context = flow.context_of(x.expand(count, *flow.shape))
+        return flow.denoised(images, flow.classes_in_turn(count), context)
 
-    return gradient_batch_size(flow, denoise, v.to(flow.dtype))
+    return gradient_batch_size(flow, denoise, flow.dequantizer.middle(x, flow.dtype))
 
 
 def gradient_batch_size(flow: Flow, gradient: Callable[[Tensor], object], image: Tensor) -> int:

@@ -48,7 +48,7 @@ def difference(flow: Flow, x: Tensor, back: Tensor, names: Sequence[str]) -> flo
     Raises `RunError` that names the first image that is not the same in every pixel.
     """
     if flow.num_bins is None:
-        return float((back - x.to(back.dtype)).abs().max())
+        return float(flow.distance(back, x.to(back.dtype)).max())
     different = (back != x).flatten(1).sum(dim=1)
     if different.any():
         first = int(different.gt(0).long().argmax())
@@ -100,9 +100,9 @@ def read_points(paths: Sequence[Path], model: LoadedModel) -> Tensor:
     name = ONLY if ONLY in file.names else "images"
     channels = model.flow.shape[0]
     flat = len(file.header(name).shape) == 2
-    values = file.read(name, "f", (None, channels) if flat else (None, 1, 1, channels))
+    shape = (None, channels) if flat else (None, 1, 1, channels)
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
-        values = values.astype(np.float32)
+        values = file.read(name, "f", shape).astype(np.float32)
     if not len(values) or not np.isfinite(values).all():
         raise UserError(f"{paths[0]}: it has no points, or one that is not finite")
     return torch.from_numpy(values).reshape(-1, *model.flow.shape)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowtrain.bijections.sphere import of_angles
 from flowtrain.data.splits import Split
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
@@ -107,12 +108,22 @@ class PointPlots:
         """The paths `(P, S, C, 1, 1)` as lines over the data: uint8 `(3, H', W')`. Raises
         `UserError` as `samples` does.
         """
-        return _lines(rows, self._beside())
+        return self._lines(rows, self._beside())
 
     def path_frames(self, rows: Tensor) -> list[Tensor]:
         """An animation of the paths `(P, S, C, 1, 1)`: for each step the lines up to there."""
         beside = self._beside()
-        return [_lines(rows[:, : step + 1], beside) for step in range(rows.shape[1])]
+        return [self._lines(rows[:, : step + 1], beside) for step in range(rows.shape[1])]
+
+    def _lines(self, rows: Tensor, beside: Tensor) -> Tensor:
+        figure, panels = _figure(1, 1, 2 * PANEL)
+        axes = panels[0][0]
+        _scatter(axes, "", beside, _bounds(beside))
+        for path in rows:
+            places = _line(path, of_angles(self.flow.bijection))
+            axes.plot(*places.T.numpy(), ".-", linewidth=1, markersize=3)
+            axes.plot(*places[-1:].T.numpy(), "ko", markersize=4)
+        return _pixels(figure)
 
     def _beside(self) -> Tensor:
         """Points of the data. Raises `UserError` if they are neither of the plane nor a sphere."""
@@ -132,22 +143,11 @@ def drawing(flow: Flow, split: Callable[[], Split]) -> ImageGrids | PointPlots:
     )
 
 
-def _lines(rows: Tensor, beside: Tensor) -> Tensor:
-    figure, panels = _figure(1, 1, 2 * PANEL)
-    axes = panels[0][0]
-    _scatter(axes, "", beside, _bounds(beside))
-    for path in rows:
-        places = _line(path)
-        axes.plot(*places.T.numpy(), ".-", linewidth=1, markersize=3)
-        axes.plot(*places[-1:].T.numpy(), "ko", markersize=4)
-    return _pixels(figure)
-
-
-def _line(path: Tensor) -> Tensor:
-    """Coordinates of a path, `(S + breaks, 2)`, which may leave the picture of a sphere."""
+def _line(path: Tensor, angles: bool) -> Tensor:
+    """Coordinates of a path, `(S + breaks, 2)`, which breaks where `angles` pass half a turn."""
     places = coordinates(path)
-    if path.flatten(1).shape[1] == 3:
-        crossed = (places[:, 0].diff().abs() > math.pi).nonzero().flatten().numpy()
+    if angles:
+        crossed = (places.diff(dim=0).abs() > math.pi).any(dim=1).nonzero().flatten().numpy()
         places = torch.from_numpy(np.insert(places.numpy(), crossed + 1, np.nan, axis=0))
     return places
 
@@ -181,7 +181,7 @@ def _bounds(x: Tensor) -> Bounds:
         return -math.pi, math.pi, -1, 1
     places = coordinates(x)
     low, high = places.quantile(0.002, dim=0), places.quantile(0.998, dim=0)
-    middle, half = (low + high) / 2, 0.65 * float((high - low).max())
+    middle, half = (low + high) / 2, 0.65 * (float((high - low).max()) or 1.0)  # 0 for one point
     return tuple((middle[:, None] + torch.tensor([-half, half])).flatten().tolist())
 
 

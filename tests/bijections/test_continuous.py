@@ -139,6 +139,9 @@ def test_when_the_trace_is_exact(trace, dims):
     recorded = layer(x)[1].detach()
     estimates = trace == "hutchinson" or (trace == "auto" and dims > EXACT_DIMS)
     assert torch.allclose(recorded, exact, rtol=0, atol=1e-5) != estimates
+    layer.requires_grad_(False)  # a trained flow, perhaps with a gradient of its input
+    for given in (x, x.clone().requires_grad_()):
+        torch.testing.assert_close(layer(given)[1].detach(), exact, rtol=0, atol=1e-5)
 
 
 def test_computing_again_uses_the_same_signs():

@@ -12,6 +12,8 @@ from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassContext, ClassPrior
 from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer
 from flowtrain.flow.flow import Flow
+from flowtrain.pictures.sample import sample
+from flowtrain.system.random import Stream, generator
 
 SIGMA = 0.2
 SHAPE = (1, 2, 2)
@@ -87,6 +89,17 @@ def test_denoised_samples_are_decoded_and_moved():
     nice = ready(build_flow(a_config("nice"), (1, 4, 4), 256))
     with pytest.raises(ValueError, match="not trained with Gaussian noise"):
         nice.sample(1, denoise=True)
+
+
+def test_samples_given_a_context_are_denoised():
+    model = {"name": "glow", **TINY["glow"], "context": "downsample"}
+    config = a_config(model, dequantization={"name": "gaussian", "sigma": 0.1})
+    flow = ready(perturb(build_flow(config, (1, 4, 4), 256)))
+    contexts = images(2, (1, 2, 2))
+    z = flow.draw_latents(3, generator(0, Stream.LATENTS)).repeat(2, 1)
+    expected = flow.decode(z, denoise=True, context=contexts.repeat_interleave(3, dim=0))
+    found = sample(flow, 3, [1.0], 0, denoise=True, contexts=contexts)
+    assert torch.equal(found, expected)
 
 
 def test_the_density_is_that_of_noisy_images_in_0_to_1():

@@ -11,6 +11,8 @@ from scipy.special import i0, i1
 
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.datasets import points
+from flowtrain.evaluation.evaluate import reconstruction_error
+from flowtrain.latents.encoding import difference
 from flowtrain.pictures import draw
 
 TURN = 2 * math.pi
@@ -57,3 +59,4 @@ def test_whole_turns_do_not_matter():
     torch.testing.assert_close(flow.log_prob(turned), flow.log_prob(x), rtol=0, atol=1e-4)
     for each in (x, turned):
         torch.testing.assert_close(flow.decode(flow.encode(each)), x, rtol=0, atol=1e-5)
+        assert reconstruction_error(flow, each) < 1e-5 and difference(flow, each, x, []) < 1e-5

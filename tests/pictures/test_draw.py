@@ -55,6 +55,7 @@ def test_each_temperature_has_a_titled_block():
     assert not any(map(torch.equal, titles, titles[1:]))
 
 
+@pytest.mark.filterwarnings("error")  # also of a single point
 def test_points_are_drawn_beside_the_data(monkeypatch):
     monkeypatch.setattr(draw, "MESH", 8)
     split = DataSet(a_config("nice", **POINTS).data).split("test")
@@ -64,7 +65,8 @@ def test_points_are_drawn_beside_the_data(monkeypatch):
     assert len(frames) == 3 and torch.equal(frames[-1], drawing.paths(rows))
     assert torch.equal(frames[0], drawing.paths(rows[:, :1]))
     assert not torch.equal(frames[0], frames[1])
-    assert drawing.samples(rows[0], 8, 0).shape[0] == 3
+    for few in (rows[0], rows[0, :1]):
+        assert drawing.samples(few, 8, 0).shape[0] == 3
 
 
 def test_the_mesh_of_the_plane_and_the_sphere():
@@ -87,11 +89,13 @@ def test_no_line_across_the_picture():
 
     for longitudes in ([2.9, 3.1, -3.1, -2.9], [-2.9, -3.1, 3.1, 2.9]):
         path = at(longitudes)
-        places = draw._line(path)
+        places = draw._line(path, True)
         assert places[:, 0].isnan().tolist() == [False, False, True, False, False]
         torch.testing.assert_close(places[[0, 1, 3, 4]], draw.coordinates(path))
-    assert not draw._line(at([3.1, 1.0, -1.0, -3.1])).isnan().any()
-    assert not draw._line(torch.tensor([[9.0, 0], [-9, 0]])).isnan().any()
+    assert not draw._line(at([3.1, 1.0, -1.0, -3.1]), True).isnan().any()
+    for angles in (False, True):  # in the plane, or on a torus
+        found = draw._line(torch.tensor([[3.0, 0], [3, -3], [3, 3]]), angles)
+        assert found[:, 0].isnan().nonzero().flatten().tolist() == [2] * angles
 
 
 @pytest.mark.parametrize("dims", [1, 3])  # points in space are not on a sphere

@@ -75,6 +75,11 @@ def test_both_ways_are_those_of_the_flow(model, options, monkeypatch):
         assert torch.equal(up[:, 4], grid.to_8bit(flow.decode(z), 17))
 
 
+def test_halves_of_a_single_row_of_patches_are_shown():
+    x = images(2, (1, 2, 4), 17)
+    assert stages.picture(tiny_flow("jet", x.shape[1:], 17).eval(), x, 0).shape[0] == 3
+
+
 def test_a_picture_without_room_is_refused(monkeypatch):
     flow = tiny_flow()
     monkeypatch.setattr(capacity, "available", lambda device: 10_000)
