@@ -308,6 +308,8 @@ def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
     source = run / "checkpoints" / "step-00000015.safetensors"
     more = [*TINY_RUN, "train.num_steps=30", "train.lr=1e-4"]
     new = ["--run-dir", "new"]
+    (tmp_path / "new").mkdir()  # by a command that was killed before its first checkpoint
+    (tmp_path / "new" / "config.yaml").write_text("")
     done = quick("train", *more, "--resume", source, *new, cwd=tmp_path).ok()
     assert f"going on from {source} at step 15" in done.out
     assert steps_of(tmp_path / "new") == [20, 25, 30]
