@@ -125,8 +125,13 @@ class RunDirectory:
                 )
         try:
             lock(file.fileno(), wait=False)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:  # the latter on SMB
             raise self._in_use(name) from error
+        except OSError as error:
+            console.print(
+                f"{self.path}: its file system has no locks ({error.strerror}), so nothing keeps a "
+                f"second run out"
+            )
         if new:
             held.callback(self._remove_if_unused)
         file.truncate(0)

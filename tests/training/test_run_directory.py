@@ -22,7 +22,7 @@ from flowtrain.checkpoints.background import THREAD
 from flowtrain.config import load_config
 from flowtrain.errors import Interrupted, RunError, UserError
 from flowtrain.results import Row
-from flowtrain.training import reporting
+from flowtrain.training import reporting, run_directory
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 
@@ -257,6 +257,15 @@ def test_one_process_at_a_time(tmp_path):
         done = quick(*ENDLESS, cwd=tmp_path)
         done.failed(2, "--run-dir r", "in use by another process (pid unknown)")
         assert not (tmp_path / "r" / ".lock").exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def lock(handle, wait=True):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_directory, "lock", lock)
+    with RunDirectory(tmp_path).locked():
+        assert "has no locks (Function not implemented)" in capsys.readouterr().out
 
 
 @pytest.mark.run
