@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import torch
 
@@ -159,6 +160,7 @@ def _loop(
         if metrics.failed is not None:
             _roll_back(state, run, batches, metrics.failed)
             metrics.failed = None
+            clock.skip()
             stopped = bool(stop.signum)
             continue
         if stop.signum and validates and not pauses:
@@ -195,7 +197,10 @@ def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMe
     if not failed.finite:
         train_step(state, x, labels)  # the gradient may be that of the step after it
     noise = dequantization_noise(state.config, failed.images + distributed.rank() * len(x), x)
-    found = distributed.all_gather_object(first_non_finite(state.flow, x, noise))
+    size = state.config.train.batch_size  # more may not fit into memory
+    parts = zip(x.split(size), noise.split(size), strict=True)
+    own = [first_non_finite(state.flow, *part) for part in parts]
+    found = itertools.chain(*distributed.all_gather_object(own))
     # All processes have the same gradient. A non-finite output is found only by the process that
     # has the image, so it is more precise.
     layers = sorted(filter(None, found), key=lambda layer: layer.startswith("gradient"))
