@@ -163,14 +163,14 @@ def _loop(
             clock.skip()
             stopped = bool(stop.signum)
             continue
-        if stop.signum and validates and not pauses:
-            # The user may not wait for the validation.
-            reporting.save(state, run, numbered=False, wait=True)
 
         progress.finished = ends
         if logs:
             reporting.log(state, run, metrics.last.grad_norm, metrics.last.rate, clock)
             bar.wait()
+        if stop.signum and validates and not pauses:
+            # The user may not wait for the validation.
+            reporting.save(state, run, numbered=False, wait=True)
         best = validates and reporting.validate(state, run, validation)
         if samples:
             reporting.sample(state, run, validation if len(validation) else batches.source)

@@ -153,15 +153,17 @@ def interrupted(monkeypatch, config, run, step):
 
 
 def test_a_run_is_saved_on_a_signal_before_it_is_validated(tmp_path, monkeypatch):
-    config = a_config(train={"validate_every": 10, "checkpoint_every": 5, "num_steps": 99})
+    periods = {"validate_every": 10, "checkpoint_every": 5, "log_every": 5}
+    config = a_config(train={**periods, "num_steps": 99})
     saved = []
 
     def validate(state, run, validation):
-        saved.append((state.progress.step, checkpoint_format.read(run.last).meta["step"]))
+        there = checkpoint_format.read(run.last).meta["progress"]
+        saved.append((state.progress.step, there["step"], there["window_steps"]))
 
     monkeypatch.setattr(loop.reporting, "validate", validate)
     interrupted(monkeypatch, config, tmp_path, 10)
-    assert saved == [(10, 10)]
+    assert saved == [(10, 10, 0)]  # the row of this step is written
 
 
 STOPPED_BEFORE_THE_FIRST_STEP = """
