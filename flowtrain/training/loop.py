@@ -81,8 +81,9 @@ def fit(
             announce(state, run, data, batches, saved)
             if saved is None or saved.path.resolve() != run.last.resolve():
                 # `last` may not exist yet, or be later than the checkpoint that was resumed from.
-                if not distributed.from_main(run.best.exists):
-                    state.progress.best = state.progress.best_step = None  # of another run
+                if distributed.from_main(run.best_step) != state.progress.best_step:
+                    # `best` is missing, or of steps that are not part of this run.
+                    state.progress.best = state.progress.best_step = None
                 reporting.save(state, run, numbered=False, wait=True)
             else:
                 reporting.bring_up_to_date(run, saved, config, state.flow, device)

@@ -213,6 +213,13 @@ class RunDirectory:
         if kept != content:
             self._write(self.metrics, kept)
 
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, or None if it is missing or damaged."""
+        with contextlib.suppress(UserError):
+            step: int = checkpoint_format.read(self.best).meta["step"]
+            return step
+        return None
+
     def last_validation(self) -> Row | None:
         """The last row of the validation split."""
         rows = map(_row, reversed(self._read(self.metrics).split(b"\n")))

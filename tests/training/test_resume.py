@@ -326,11 +326,16 @@ def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
 
 
 def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
-    """The curve after it goes; new checkpoints do not count as older than the abandoned ones."""
+    """The curve after it goes; new checkpoints do not count as older than the abandoned ones. The
+    best one is of this curve, although no loss is as small as before.
+    """
+    worse = "from flowtrain.training import reporting; reporting.mean_loss = lambda *a, **o: 99.0"
     source = run / "checkpoints" / "step-00000015.safetensors"
     options = [*TINY_RUN, "train.lr=1e-4", "train.num_steps=17", "train.checkpoint_every=1"]
-    quick("train", *options, "--resume", source, cwd=tmp_path).ok()
+    quick("train", *options, "--resume", source, cwd=tmp_path, first=worse).ok()
     assert steps_of(run) == [5, 10, 15, 17]
+    best = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
+    assert best.meta["step"] == summary(run)["best_step"] == 17
     assert [scalar.step for scalar in events(run).Scalars("train/lr")] == [5, 10, 15, 17]
     names = {path.name for path in (run / "checkpoints").iterdir()}
     assert {"step-00000016.safetensors", "step-00000017.safetensors"} <= names
