@@ -177,10 +177,9 @@ def _loop(
             reporting.sample(state, run, validation if len(validation) else batches.source)
         stopped = bool(stop.signum) or pauses
         clock.skip()
-        if periodic or stopped:
+        if periodic or best or stopped:
+            # A kill must not leave a `best` of later steps than `last`.
             reporting.save(state, run, numbered=periodic, best=best, wait=stopped)
-        elif best:
-            run.save_best(state.meta(), state.tensors())
         if validates or samples or periodic:
             distributed.barrier()  # an exchange of tensors waits for process 0 only so long
         clock.skip()
@@ -221,12 +220,7 @@ def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMe
     state.restore(last)
     lr_scale = now.lr_scale / 2
     state.progress = dataclasses.replace(
-        state.progress,
-        seconds=now.seconds,
-        best=now.best,  # even if it is of a later step
-        best_step=now.best_step,
-        non_finite=events,
-        lr_scale=lr_scale,
+        state.progress, seconds=now.seconds, non_finite=events, lr_scale=lr_scale
     )
     run.cut_back(state.progress.step, state.config)
     reporting.save(state, run, numbered=False, wait=True)

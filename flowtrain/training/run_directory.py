@@ -256,11 +256,6 @@ class RunDirectory:
         )
 
     @distributed.main_only
-    def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Writes the best checkpoint while training goes on."""
-        self.saving.start(tensors, lambda copied: self._checkpoint(self.best, meta, copied))
-
-    @distributed.main_only
     def save_last(
         self,
         meta: Mapping[str, Any],
