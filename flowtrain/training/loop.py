@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import torch
 
@@ -80,8 +81,9 @@ def fit(
             announce(state, run, data, batches, saved)
             if saved is None or saved.path.resolve() != run.last.resolve():
                 # `last` may not exist yet, or be later than the checkpoint that was resumed from.
-                if not distributed.from_main(run.best.exists):
-                    state.progress.best = state.progress.best_step = None  # of another run
+                if distributed.from_main(run.best_step) != state.progress.best_step:
+                    # `best` is missing, or of steps that are not part of this run.
+                    state.progress.best = state.progress.best_step = None
                 reporting.save(state, run, numbered=False, wait=True)
             else:
                 reporting.bring_up_to_date(run, saved, config, state.flow, device)
@@ -159,25 +161,25 @@ def _loop(
         if metrics.failed is not None:
             _roll_back(state, run, batches, metrics.failed)
             metrics.failed = None
+            clock.skip()
             stopped = bool(stop.signum)
             continue
-        if stop.signum and validates and not pauses:
-            # The user may not wait for the validation.
-            reporting.save(state, run, numbered=False, wait=True)
 
         progress.finished = ends
         if logs:
             reporting.log(state, run, metrics.last.grad_norm, metrics.last.rate, clock)
             bar.wait()
+        if stop.signum and validates and not pauses:
+            # The user may not wait for the validation.
+            reporting.save(state, run, numbered=False, wait=True)
         best = validates and reporting.validate(state, run, validation)
         if samples:
             reporting.sample(state, run, validation if len(validation) else batches.source)
         stopped = bool(stop.signum) or pauses
         clock.skip()
-        if periodic or stopped:
+        if periodic or best or stopped:
+            # A kill must not leave a `best` of later steps than `last`.
             reporting.save(state, run, numbered=periodic, best=best, wait=stopped)
-        elif best:
-            run.save_best(state.meta(), state.tensors())
         if validates or samples or periodic:
             distributed.barrier()  # an exchange of tensors waits for process 0 only so long
         clock.skip()
@@ -195,7 +197,10 @@ def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMe
     if not failed.finite:
         train_step(state, x, labels)  # the gradient may be that of the step after it
     noise = dequantization_noise(state.config, failed.images + distributed.rank() * len(x), x)
-    found = distributed.all_gather_object(first_non_finite(state.flow, x, noise))
+    size = state.config.train.batch_size  # more may not fit into memory
+    parts = zip(x.split(size), noise.split(size), strict=True)
+    own = [first_non_finite(state.flow, *part) for part in parts]
+    found = itertools.chain(*distributed.all_gather_object(own))
     # All processes have the same gradient. A non-finite output is found only by the process that
     # has the image, so it is more precise.
     layers = sorted(filter(None, found), key=lambda layer: layer.startswith("gradient"))
@@ -215,12 +220,7 @@ def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMe
     state.restore(last)
     lr_scale = now.lr_scale / 2
     state.progress = dataclasses.replace(
-        state.progress,
-        seconds=now.seconds,
-        best=now.best,  # even if it is of a later step
-        best_step=now.best_step,
-        non_finite=events,
-        lr_scale=lr_scale,
+        state.progress, seconds=now.seconds, non_finite=events, lr_scale=lr_scale
     )
     run.cut_back(state.progress.step, state.config)
     reporting.save(state, run, numbered=False, wait=True)

@@ -62,7 +62,7 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
             raise UserError(f"--extend: {run.path} holds no run to continue")
         return run.last
     path = find(resume)
-    if run.holds_a_run() and path.resolve().parent != run.checkpoints.resolve():
+    if run.last.exists() and path.resolve().parent != run.checkpoints.resolve():
         raise UserError(
             f"--resume {resume}: {run.path} holds another run; choose another --run-dir, "
             "or leave --resume out to continue that run"

@@ -125,8 +125,13 @@ class RunDirectory:
                 )
         try:
             lock(file.fileno(), wait=False)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:  # the latter on SMB
             raise self._in_use(name) from error
+        except OSError as error:
+            console.print(
+                f"{self.path}: its file system has no locks ({error.strerror}), so nothing keeps a "
+                f"second run out"
+            )
         if new:
             held.callback(self._remove_if_unused)
         file.truncate(0)
@@ -208,6 +213,13 @@ class RunDirectory:
         if kept != content:
             self._write(self.metrics, kept)
 
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, or None if it is missing or damaged."""
+        with contextlib.suppress(UserError):
+            step: int = checkpoint_format.read(self.best).meta["step"]
+            return step
+        return None
+
     def last_validation(self) -> Row | None:
         """The last row of the validation split."""
         rows = map(_row, reversed(self._read(self.metrics).split(b"\n")))
@@ -242,11 +254,6 @@ class RunDirectory:
             },
             row.step,
         )
-
-    @distributed.main_only
-    def save_best(self, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Writes the best checkpoint while training goes on."""
-        self.saving.start(tensors, lambda copied: self._checkpoint(self.best, meta, copied))
 
     @distributed.main_only
     def save_last(

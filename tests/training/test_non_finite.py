@@ -1,7 +1,9 @@
 """Losses, gradients and weights that are not finite."""
 
 import json
+import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from helpers import a_config
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.errors import RunError
-from flowtrain.training import loop
+from flowtrain.training import loop, stop
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 
@@ -65,8 +67,10 @@ def test_the_batch_of_the_failed_step_is_computed_again(every, tmp_path, monkeyp
     for name in seen:
         monkeypatch.setattr(loop, name, partial(recorded, name, getattr(loop, name)))
     with pytest.raises(RunError, match="stopped at step 1:"):
-        train(tmp_path, lr=1e30, max_non_finite=0, log_every=every)
-    (again,) = seen["first_non_finite"]
+        train(tmp_path, lr=1e30, max_non_finite=0, log_every=every, batch_size=8, accumulate=2)
+    parts = seen["first_non_finite"]
+    assert list(map(len, parts)) == [8, 8]  # as many at a time as in a forward pass of training
+    again = torch.cat(parts)
     next_one = [False] if every == 100 else []  # already on its way
     assert [torch.equal(x, again) for x in seen["train_step"]] == [False, True, *next_one, True]
     assert evidence_of(tmp_path)[0]["first_non_finite"].startswith("output of ")
@@ -113,17 +117,18 @@ def once(folder, *words, **options):
 
 
 def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
-    """After the first event, half the rate is enough. The best checkpoint is not lost."""
+    """After the first event, half the rate is enough. The best checkpoint is the newest one."""
     done = once(tmp_path, "train.validate_every=1")
     assert "step 7: loss nan" in done.out
-    assert "back to step 5, with the learning rate times 0.5" in done.out
+    back = int(re.search(r"back to step (\d+), with the learning rate times 0.5", done.out)[1])
     rows = [row for row in metrics(tmp_path / "r") if row["split"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, 21))
-    assert [row["lr"] for row in rows] == [2e-3] * 5 + [1e-3] * 15
+    assert [row["lr"] for row in rows] == [2e-3] * back + [1e-3] * (20 - back)
     assert summary(tmp_path / "r")["non_finite_steps"] == len(evidence_of(tmp_path / "r")) == 1
     lines = map(str.split, done.out.splitlines())
-    best = [float(words[3]) for words in lines if words[-1] == "(best)"]
-    assert best == sorted(best, reverse=True) and len(best) > 7  # also across the way back
+    best = {int(words[1][:-1]): float(words[3]) for words in lines if words[-1] == "(best)"}
+    assert [*best.values()] == sorted(best.values(), reverse=True) and len(best) > 7
+    assert back == max(step for step in best if step <= 7)  # its row in the metrics stays
 
 
 SLOW = """
@@ -140,3 +145,26 @@ os.fsync = slowly
 def test_it_rolls_back_to_a_checkpoint_that_is_still_being_written(tmp_path):
     done = once(tmp_path, "train.validate_every=100", first=SLOW)
     assert "step 7: loss nan" in done.out and "back to step 5, with" in done.out
+
+
+def test_the_speed_is_that_of_training_without_the_rollback(tmp_path, monkeypatch):
+    """A step takes a second, and the search for the layer a thousand."""
+    now, calls = [0.0], []
+
+    def train_step(*args):
+        now[0] += 1
+        loss, grad_norm = real(*args)
+        calls.append(loss)
+        return (loss * torch.nan, grad_norm * torch.nan) if len(calls) == 2 else (loss, grad_norm)
+
+    def search(*args):
+        now[0] += 1000
+
+    real = loop.train_step
+    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop, "first_non_finite", search)
+    monkeypatch.setattr(stop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    train(tmp_path, batch_size=8)
+    speeds = [row["images_per_second"] for row in metrics(tmp_path) if row["split"] == "train"]
+    assert len(speeds) == 5 and min(speeds) > 1
+    assert summary(tmp_path)["seconds"] > 1000

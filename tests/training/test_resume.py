@@ -153,15 +153,17 @@ def interrupted(monkeypatch, config, run, step):
 
 
 def test_a_run_is_saved_on_a_signal_before_it_is_validated(tmp_path, monkeypatch):
-    config = a_config(train={"validate_every": 10, "checkpoint_every": 5, "num_steps": 99})
+    periods = {"validate_every": 10, "checkpoint_every": 5, "log_every": 5}
+    config = a_config(train={**periods, "num_steps": 99})
     saved = []
 
     def validate(state, run, validation):
-        saved.append((state.progress.step, checkpoint_format.read(run.last).meta["step"]))
+        there = checkpoint_format.read(run.last).meta["progress"]
+        saved.append((state.progress.step, there["step"], there["window_steps"]))
 
     monkeypatch.setattr(loop.reporting, "validate", validate)
     interrupted(monkeypatch, config, tmp_path, 10)
-    assert saved == [(10, 10)]
+    assert saved == [(10, 10, 0)]  # the row of this step is written
 
 
 STOPPED_BEFORE_THE_FIRST_STEP = """
@@ -308,6 +310,8 @@ def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
     source = run / "checkpoints" / "step-00000015.safetensors"
     more = [*TINY_RUN, "train.num_steps=30", "train.lr=1e-4"]
     new = ["--run-dir", "new"]
+    (tmp_path / "new").mkdir()  # by a command that was killed before its first checkpoint
+    (tmp_path / "new" / "config.yaml").write_text("")
     done = quick("train", *more, "--resume", source, *new, cwd=tmp_path).ok()
     assert f"going on from {source} at step 15" in done.out
     assert steps_of(tmp_path / "new") == [20, 25, 30]
@@ -322,11 +326,16 @@ def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
 
 
 def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
-    """The curve after it goes; new checkpoints do not count as older than the abandoned ones."""
+    """The curve after it goes; new checkpoints do not count as older than the abandoned ones. The
+    best one is of this curve, although no loss is as small as before.
+    """
+    worse = "from flowtrain.training import reporting; reporting.mean_loss = lambda *a, **o: 99.0"
     source = run / "checkpoints" / "step-00000015.safetensors"
     options = [*TINY_RUN, "train.lr=1e-4", "train.num_steps=17", "train.checkpoint_every=1"]
-    quick("train", *options, "--resume", source, cwd=tmp_path).ok()
+    quick("train", *options, "--resume", source, cwd=tmp_path, first=worse).ok()
     assert steps_of(run) == [5, 10, 15, 17]
+    best = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
+    assert best.meta["step"] == summary(run)["best_step"] == 17
     assert [scalar.step for scalar in events(run).Scalars("train/lr")] == [5, 10, 15, 17]
     names = {path.name for path in (run / "checkpoints").iterdir()}
     assert {"step-00000016.safetensors", "step-00000017.safetensors"} <= names

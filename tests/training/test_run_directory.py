@@ -22,7 +22,7 @@ from flowtrain.checkpoints.background import THREAD
 from flowtrain.config import load_config
 from flowtrain.errors import Interrupted, RunError, UserError
 from flowtrain.results import Row
-from flowtrain.training import reporting
+from flowtrain.training import reporting, run_directory
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 
@@ -149,6 +149,24 @@ def test_the_loop_raises_the_error_of_the_thread(tmp_path, meanwhile):
 
 
 @pytest.mark.run
+def test_the_best_checkpoint_is_the_last_one(tmp_path, monkeypatch):
+    """Also between two periods of checkpoints: after a kill, training continues from it."""
+    losses = iter([3.0, 2.0])
+
+    def mean_loss(*args, **options):
+        for loss in losses:
+            return loss
+        raise RunError("killed")
+
+    monkeypatch.setattr(reporting, "mean_loss", mean_loss)
+    with pytest.raises(RunError, match="killed"):
+        train(tmp_path, num_steps=20, checkpoint_every=100, validate_every=4)
+    run = RunDirectory(tmp_path)
+    assert summary(tmp_path)["step"] == summary(tmp_path)["best_step"] == 8
+    assert checkpoint_format.read(run.last).meta["step"] == run.best_step() == 8
+
+
+@pytest.mark.run
 def test_a_signal_waits_for_the_thread(tmp_path, meanwhile):
     meanwhile(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.3)))
     with pytest.raises(Interrupted):
@@ -166,9 +184,10 @@ def test_the_lock_is_held_until_the_thread_has_written(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "r")
     with pytest.raises(RunError, match="another error"), run.locked():
         run.checkpoints.mkdir()
-        run.save_best({"step": 1}, {"model.w": torch.ones(3)})
+        how = {"keep": 0, "numbered": False, "best": True, "wait": False}
+        run.save_last({"step": 1}, {"model.w": torch.ones(3)}, {}, **how)
         raise RunError("another error")
-    assert run.best.exists() and left_overs(run.path) == []
+    assert run.best.samefile(run.last) and left_overs(run.path) == []
 
 
 DAMAGE = {
@@ -257,6 +276,15 @@ def test_one_process_at_a_time(tmp_path):
         done = quick(*ENDLESS, cwd=tmp_path)
         done.failed(2, "--run-dir r", "in use by another process (pid unknown)")
         assert not (tmp_path / "r" / ".lock").exists()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def lock(handle, wait=True):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_directory, "lock", lock)
+    with RunDirectory(tmp_path).locked():
+        assert "has no locks (Function not implemented)" in capsys.readouterr().out
 
 
 @pytest.mark.run

@@ -160,6 +160,8 @@ def _require_log(found: Record, model: LoadedModel) -> None:
         raise UserError(f"{run}: not a finished run")
     if model.config.train.clock != "wall":
         raise UserError(f"{run}: no wall-clock time (train.clock is {model.config.train.clock})")
+    if "tensorboard" not in (names := model.config.train.logger):
+        raise UserError(f"{run}: no log of TensorBoard (train.logger is {names})")
     if model.flow.image_context is not None or model.flow.kind.no_bits:
         raise UserError(f"{run}: no bits/dim of whole images")
     losses = [row.loss for row in found.rows if row.split == "validation" and row.loss is not None]

@@ -76,10 +76,15 @@ def test_a_sound_run(run):
     model = load_model(str(run), CPU)
     model.checkpoint.meta["threads"] = None
     assert verify(model, dataset(model.checkpoint.meta["config"]["data"])).machine == "A processor"
-    train = model.config.train.model_copy(update={"clock": "processor"})
-    model = dataclasses.replace(model, config=model.config.model_copy(update={"train": train}))
-    with pytest.raises(UserError, match="run: no wall-clock time"):
-        verify(model, dataset(model.checkpoint.meta["config"]["data"]))
+    for changes, message in (
+        ({"clock": "processor"}, "no wall-clock time"),
+        ({"logger": ["wandb"]}, "no log of TensorBoard .train.logger is .'wandb'"),
+    ):
+        train = model.config.train.model_copy(update=changes)
+        changed = model.config.model_copy(update={"train": train})
+        with pytest.raises(UserError, match=f"run: {message}"):
+            other = dataclasses.replace(model, config=changed)
+            verify(other, dataset(model.checkpoint.meta["config"]["data"]))
     model = load_model(str(run), CPU)
     model.flow.dequantizer = GaussianDequantizer(256, 0.05)
     with pytest.raises(UserError, match="run: no bits/dim of whole images"):
