@@ -45,10 +45,10 @@ DIGEST = 16  # bytes of a digest
 def place() -> Path:
     """The cache folder, which need not exist. Raises `UserError` if there is no home folder."""
     given = os.environ.get("FLOWTRAIN_CACHE")
-    if given:
-        return Path(given).expanduser().absolute()
     base_folder = os.environ.get("XDG_CACHE_HOME")
     try:
+        if given:
+            return Path(given).expanduser().absolute()
         return (Path(base_folder) if base_folder else Path.home() / ".cache") / "flowtrain"
     except RuntimeError:
         raise UserError("there is no home folder for the cache: set FLOWTRAIN_CACHE") from None

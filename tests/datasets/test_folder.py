@@ -268,9 +268,10 @@ def test_left_overs_of_a_kill_and_two_processes_at_once(tree, monkeypatch):
 
 def test_the_place_of_the_cache(tmp_path, tree, monkeypatch):
     images = images_of(tree)
-    monkeypatch.setenv("FLOWTRAIN_CACHE", str(tree / "000.png"))
-    with pytest.raises(UserError, match="FLOWTRAIN_CACHE"):
-        images.read()
+    for wrong in (str(tree / "000.png"), "~no-such-user/x"):
+        monkeypatch.setenv("FLOWTRAIN_CACHE", wrong)
+        with pytest.raises(UserError, match="FLOWTRAIN_CACHE"):
+            images.read()
     monkeypatch.delenv("FLOWTRAIN_CACHE")
     for variable, place in (("XDG_CACHE_HOME", "flowtrain"), ("HOME", ".cache/flowtrain")):
         monkeypatch.setenv(variable, str(tmp_path / variable))
