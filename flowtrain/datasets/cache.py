@@ -23,7 +23,7 @@ import numpy as np
 
 from flowtrain.datasets import base
 from flowtrain.datasets.base import Pixels
-from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
+from flowtrain.errors import RunError, UserError, cut, disk_full, is_disk_full, short
 from flowtrain.system.files import (
     new_folder,
     read_regular,
@@ -173,7 +173,8 @@ def warn_of_unreadable(
     """
     if not unreadable:
         return
-    lines = [f"  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
+    shown = list(unreadable.items())[:LISTED]  # names may be of a stranger
+    lines = [f"  {cut(name, 300)}: {cut(why, 300)}" for name, why in shown]
     if len(unreadable) > LISTED:
         where = "" if target is None else f", see {target / 'index.json'}"
         lines.append(f"  and {len(unreadable) - LISTED} more{where}")
