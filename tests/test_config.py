@@ -122,6 +122,8 @@ def test_steps_and_budget_clear_each_other():
         ("model.name=os.path", r"model\.name: module 'os\.path' has no function `build`"),
         # a wrong type or value
         ("train.batch_size=x", r"train\.batch_size: .*integer.*got 'x'"),
+        (r'data.name=npz data.path="a\0"', r"data\.path: no path has a null character, got "),
+        (r'data.name=npz data.path="\ud800"', r"data\.path: .* surrogates not allowed, got "),
         ("train.lr=.nan", r"train\.lr: .*finite"),
         ("train.logger=[wandb,wandb]", r"train\.logger: one of them is named twice"),
         ("model.width=x", r"model\.width: .*integer.*; or .*list"),
@@ -189,6 +191,9 @@ BOMB = "{a0: &a0 [1], " + ", ".join(
         ("{" + "a: {" * 21 + "}" * 22, "more than 20 levels"),
         ("{a: " + "b" * 2**16 + "}", "longer than 65536 characters"),
         ("{a: 2024-13-45}", "month must be"),
+        ("{a: !!bool x}", "a value does not fit its type"),
+        ("{a: " + "1:" * 200 + "1.5}", "a value does not fit its type"),
+        ("a: 1\nb: {c: 1}\na: 2", r"a is given twice \(line 3, column 1\)$"),
         ("{a: !!python/name:os.system x}", "could not determine a constructor"),
         ("{a: !" + "x" * 60000 + " x}", "could not determine a constructor"),
         *((text, r"as YAML: .*\(line \d, column \d+\)$") for text in ("a: b: c", "\t- a")),

@@ -55,13 +55,23 @@ def parse(
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which refuses values that are too deep or too large before it makes
-    them. Each alias counts with its whole value.
+    them, and keys that are given twice. Each alias counts with its whole value.
     """
 
     def __init__(self, text: str):
         super().__init__(text)
         self.depth = self.size = 0
         self.sizes: dict[yaml.Node, int] = {}  # of what is complete
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:  # PyYAML would take the last value
+                problem = f"{key.value} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         before, alias = self.size, self.check_event(yaml.AliasEvent)
@@ -95,6 +105,8 @@ def _yaml(text: str) -> Any:
         raise ValueError(f"{cut(error.problem or error.context or '')}{at}") from error
     except (ValueError, yaml.YAMLError) as error:  # ValueError: a date that does not exist
         raise ValueError(short(error)) from error
+    except (ArithmeticError, AttributeError, LookupError) as error:  # such as `!!bool x`
+        raise ValueError("a value does not fit its type") from error
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

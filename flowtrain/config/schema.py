@@ -1,5 +1,6 @@
 """The keys of a configuration that hold for every data set and model, by section."""
 
+import os
 import re
 import typing
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from flowtrain.types import Period, Policy, Positive, Steps
 def _absolute(path: Path) -> Path:
     """Makes a path absolute, so that a run finds its data again from any folder."""
     try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("no path has a null character")
         return path.expanduser().absolute()
     except RuntimeError as error:  # ~nobody
         raise ValueError(str(error)) from error
@@ -192,14 +195,15 @@ class Dequantization(Section):
     )
 
 
-_DURATION = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(s|sec|m|min|h|hours?)?\s*")
+# Its time is linear in the length of the text.
+_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*(s|sec|m|min|h|hours?)?")
 
 
 def _seconds(value: object) -> object:
     """Converts `30min`, `90s`, `1.5h` or a number of seconds to seconds."""
     if not isinstance(value, str):
         return value
-    match = _DURATION.fullmatch(value)
+    match = _DURATION.fullmatch(value.strip())
     if not match:
         raise ValueError("expected a duration such as 90s, 30min or 1.5h")
     unit = (match[2] or "s")[0]

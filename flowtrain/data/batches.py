@@ -45,8 +45,8 @@ class Batches:
                 f"{batch_size:,} images, which take",
             )
         self.resident = None if self.streams else self.source.take(slice(None)).to(device)
-        labels, classes = self.source.labels, config.model.classes
-        self.labels = labels_for(classes, labels, data.config.name) if classes else None
+        classes, name = config.model.classes, data.config.name
+        self.labels = labels_for(classes, self.source.labels, name) if classes else None
         self._reader = ReadAhead(self._read, self.all_processes, config.data.workers)
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 

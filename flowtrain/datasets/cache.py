@@ -23,7 +23,7 @@ import numpy as np
 
 from flowtrain.datasets import base
 from flowtrain.datasets.base import Pixels
-from flowtrain.errors import RunError, UserError, disk_full, is_disk_full, short
+from flowtrain.errors import RunError, UserError, cut, disk_full, is_disk_full, short
 from flowtrain.system.files import (
     new_folder,
     read_regular,
@@ -45,10 +45,10 @@ DIGEST = 16  # bytes of a digest
 def place() -> Path:
     """The cache folder, which need not exist. Raises `UserError` if there is no home folder."""
     given = os.environ.get("FLOWTRAIN_CACHE")
-    if given:
-        return Path(given).expanduser().absolute()
     base_folder = os.environ.get("XDG_CACHE_HOME")
     try:
+        if given:
+            return Path(given).expanduser().absolute()
         return (Path(base_folder) if base_folder else Path.home() / ".cache") / "flowtrain"
     except RuntimeError:
         raise UserError("there is no home folder for the cache: set FLOWTRAIN_CACHE") from None
@@ -173,7 +173,8 @@ def warn_of_unreadable(
     """
     if not unreadable:
         return
-    lines = [f"  {name}: {why}" for name, why in list(unreadable.items())[:LISTED]]
+    shown = list(unreadable.items())[:LISTED]  # names may be of a stranger
+    lines = [f"  {cut(name, 300)}: {cut(why, 300)}" for name, why in shown]
     if len(unreadable) > LISTED:
         where = "" if target is None else f", see {target / 'index.json'}"
         lines.append(f"  and {len(unreadable) - LISTED} more{where}")

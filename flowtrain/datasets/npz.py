@@ -60,7 +60,7 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
             f"data.path: in {path}, the images of x_train are {_by(shape)} and of x_test "
             f"{_by(shapes['x_test'])}: they have to be of one size"
         )
-    if not own_test and counts["x_train"] < 2:
+    if not own_test and counts["x_train"] < 2 and split == "train":
         raise UserError(
             f"data.path: {path} has one image, which cannot be split: add more, or x_test"
         )
@@ -87,15 +87,16 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
 
     def labels() -> np.ndarray:
         assert y is not None
-        parts = [each.file.values(each.name) for each in y]
         count = counts[f"x_{part}"]
-        if any(v.dtype.kind not in "iu" for v in parts) or sum(v.size for v in parts) != count:
-            shown = ", ".join(f"{v.dtype} of shape {v.shape}" for v in parts)
+        numbers = sum(math.prod(each.shape) for each in y)
+        if any(each.dtype.kind not in "iu" for each in y) or numbers != count:
+            shown = ", ".join(f"{each.dtype} of shape {each.shape}" for each in y)
             raise UserError(
                 f"data.path: y_{part} in {path} is {cut(shown)}: expected a whole number for each "
                 f"of the {count} images"
             )
-        return np.concatenate([values.reshape(-1).astype(np.int64) for values in parts])
+        parts = [each.file.values(each.name).reshape(-1) for each in y]
+        return np.concatenate([values.astype(np.int64) for values in parts])
 
     return Images(
         shape=shape,

@@ -242,4 +242,4 @@ def scores_csv(scores: Scores, flow: Flow) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", *columns])
     writer.writerows(zip(scores.positions.tolist(), *columns.values(), strict=True))
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")

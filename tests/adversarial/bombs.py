@@ -42,6 +42,8 @@ def bombs(files: Path) -> Iterator[tuple[str, str, bytes, list[str]]]:
 
     yield "YAML: 8^11 values in `--set`", "c.yaml", b"", [*dry, "--set", _aliases()]
     yield "YAML: 100,000 levels", "c.yaml", b"a: " + b"[" * DEEP, dry
+    digits = b"train: {budget: '" + b"1" * 60_000 + b"x'}"
+    yield "YAML: a duration of 60,000 digits", "c.yaml", digits, dry
     yield "YAML: `model.width` of 10^25", "c.yaml", b"model: {width: 1e25}", dry
     names = _claimed_names(files)
     yield "latents: an array of names that claims 100 GB", "z.npz", names, decode

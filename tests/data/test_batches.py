@@ -31,10 +31,13 @@ def first(source, count, start=0):
 
 @pytest.fixture
 def numbered(tmp_path):
-    """20 training images: image i has the value i, and i + 100 on its left half."""
+    """20 training images: image i has the value i, and i + 100 on its left half. Their labels are
+    no classes.
+    """
     pixels = np.arange(20, dtype="u1")[:, None, None, None].repeat(8, 1).repeat(8, 2)
     pixels[:, :, :4] += 100
-    np.savez(tmp_path / "numbered.npz", x_train=pixels, x_test=pixels[:4])
+    arrays = {"x_train": pixels, "x_test": pixels[:4], "y_train": np.zeros((20, 2))}
+    np.savez(tmp_path / "numbered.npz", **arrays)
     return {"name": "npz", "path": str(tmp_path / "numbered.npz"), "validation": 0}
 
 

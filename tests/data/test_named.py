@@ -80,6 +80,8 @@ def test_all_images_of_arrays_without_splits(tmp_path, layout):
     for name in ("b.npz", "parts", "b.npy"):
         data = named(tmp_path / name, own)
         assert data.undivided and values(data) == [i // 2 for i in range(25)]
+    np.save(tmp_path / "one.npy", pixels[9:10])
+    assert values(named(tmp_path / "one.npy", own)) == [4]
 
 
 def test_the_models_own_data_keep_their_splits(tmp_path):

@@ -183,13 +183,13 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, monkeypatch, caplog, 
     (train / "007.jpg").write_bytes(encoded(noise(3, 12, 12), "JPEG")[:-300])
     (train / "gone.png").symlink_to(tmp_path / "nowhere.png")
     os.mkfifo(train / "pipe.png")
-    (train / "zero.png").symlink_to("/dev/zero")
+    (train / "zero\x1b.png").symlink_to("/dev/zero")
     for start in ("first", "second"):
         caplog.clear()
         images = images_of(tmp_path, size=12, resize=resize)
         assert values(images) == [i for i in range(20) if i not in (3, 5)]
         assert f"6 of 24 train images in {tmp_path}" in caplog.text, start
-        for name in ("003.png", "005.png", "007.jpg", "gone.png", "pipe.png", "zero.png"):
+        for name in ("003.png", "005.png", "007.jpg", "gone.png", "pipe.png", "zero?.png"):
             assert f"train/{name}: " in caplog.text
         assert caplog.text.count("not a regular file") == 2 and "t.png" not in caplog.text
     assert decoded.call_count == 24  # the second start remembered them
@@ -268,9 +268,10 @@ def test_left_overs_of_a_kill_and_two_processes_at_once(tree, monkeypatch):
 
 def test_the_place_of_the_cache(tmp_path, tree, monkeypatch):
     images = images_of(tree)
-    monkeypatch.setenv("FLOWTRAIN_CACHE", str(tree / "000.png"))
-    with pytest.raises(UserError, match="FLOWTRAIN_CACHE"):
-        images.read()
+    for wrong in (str(tree / "000.png"), "~no-such-user/x"):
+        monkeypatch.setenv("FLOWTRAIN_CACHE", wrong)
+        with pytest.raises(UserError, match="FLOWTRAIN_CACHE"):
+            images.read()
     monkeypatch.delenv("FLOWTRAIN_CACHE")
     for variable, place in (("XDG_CACHE_HOME", "flowtrain"), ("HOME", ".cache/flowtrain")):
         monkeypatch.setenv(variable, str(tmp_path / variable))

@@ -82,9 +82,11 @@ def test_a_tenth_is_held_out_and_equal_images_stay_together(tmp_path, monkeypatc
         ({"x_train": GOOD, "y_train": GOOD[:, 0, 0, 0] / 2}, {}, r"y_train in .* is float64"),
     ],
 )  # fmt: skip
-def test_arrays_that_do_not_fit(tmp_path, arrays, options, message):
+def test_arrays_that_do_not_fit(tmp_path, monkeypatch, arrays, options, message):
+    """The headers are enough, as the values may take any memory."""
     path = tmp_path / "a.npz"
     np.savez(path, **arrays)
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: pytest.fail("values read"))
     with pytest.raises(UserError, match=message) as raised:
         build("train", path=path, **options).labels()
     assert str(path) in str(raised.value)
@@ -98,7 +100,7 @@ def test_arrays_that_do_not_fit(tmp_path, arrays, options, message):
         ("x_test.npy", noise(5, 8, 7, 3), r"x_train are 8x8 .* x_test 8x7"),
         ("x_train.npy", GOOD, "has x_train.npy and parts of it: remove either"),
         ("y_train.npy", np.arange(8), r"y_train in .* is int64 of shape \(8,\): .* 9 images"),
-        ("y_train.npy", np.array([{}] * 9), "y_train.npy is damaged or not a plain .*Object"),
+        ("y_train.npy", np.array([{}] * 9), r"y_train in .* is object of shape \(9,\)"),
     ],
 )
 def test_a_folder_of_arrays_that_do_not_fit(tmp_path, name, array, message):

@@ -1,6 +1,7 @@
 """What `evaluate` reports: the bound, its draws, and images whose likelihood is not finite."""
 
 import csv
+import dataclasses
 import io
 import math
 from pathlib import Path
@@ -213,6 +214,8 @@ def test_scores_as_csv(tmp_path, flow, count):
     places = sampled(30, count, 0).tolist()
     assert index.tolist() == places and (places == [*range(count)]) == (count == 30)
     assert log_prob.tolist() == scores.log_prob.tolist()
+    named = dataclasses.replace(scores, names=["\udcff.png"] * count)  # a byte that is no text
+    assert rows_of(named, flow)[0]["file"] == r"\udcff.png"
     assert base.tolist() == scores.base.tolist()
     np.testing.assert_allclose(base + log_det, log_prob, atol=1e-9)
     np.testing.assert_allclose(bits, -log_prob / (16 * math.log(2)))

@@ -137,7 +137,7 @@ def scores_csv(comparison: Comparison) -> bytes:
         for row, file in zip(rows, files, strict=False):
             also = [file] if named else []
             writer.writerow([scored.collection.name, *map(repr, row), *also])
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")
 
 
 def pictures(comparison: Comparison) -> Iterator[tuple[str, bytes]]:

@@ -1,6 +1,7 @@
 """`flowtrain ood`: the scores, the areas, the images that are compared, and the output files."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -258,7 +259,8 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
         for name, split in splits.items()
     }
     collections[black].images[[2, 4], 0, 0, 0] = 0
-    outside = [collections.pop("outside")]
+    odd = ["\udcff.png"] * 6  # a byte that is no text
+    outside = [dataclasses.replace(collections.pop("outside"), names=odd)]
     comparison = scoring.score_all(model, collecting.Collections(**collections, outside=outside))
     outcome = results.as_json(comparison)
     json.dumps(outcome, allow_nan=False)  # fails if there is one
