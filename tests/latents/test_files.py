@@ -124,12 +124,6 @@ def test_encode_and_decode_give_every_pixel_back(name, tmp_path):
         assert first["classes"].tolist() == digits().labels[:9].tolist()
 
 
-def test_points_beyond_float32_are_refused(tmp_path):
-    np.save(tmp_path / "x.npy", np.full((2, 2), 1e300))
-    with pytest.raises(UserError, match="x.npy: it has no points, or one that is not finite"):
-        encoding.read_points([tmp_path / "x.npy"], load_model("two_moons", CPU))
-
-
 def test_unusable_files_of_folders_are_left_out(model, tmp_path, caplog):
     for name in ("a/x.png", "a/y.png", "b/x.png", "b/z.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
