@@ -22,7 +22,7 @@ class _Output(Console):
         self._file = stream
 
 
-console = _Output(highlight=False, markup=False, soft_wrap=True)
+console = _Output(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def outlive_the_terminal() -> None:

@@ -23,3 +23,8 @@ def test_lines_of_progress_come_by_the_clock(monkeypatch, capsys):
         bar(100, 100)  # the end has a message of its own
     lines = ["training: 0 of 100", "training: step 14", "training: 25.5 of 100, 1:14 left"]
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_text_is_printed_as_it_is(capsys):
+    console.console.print("wrote runs/a:b:c/[red]d.png")
+    assert capsys.readouterr().out == "wrote runs/a:b:c/[red]d.png\n"
