@@ -83,9 +83,11 @@ def main() -> None:
     # File names may be no text at all. They are printed with escapes, as on standard error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # The files of a command are written, even if `head` has read enough of its output.
+    # The files of a command are written, even if `head` has read enough of its output. A stream
+    # that was closed before the start (`>&-`) is None, which all printing accepts.
     sys.stdout, sys.stderr = (
-        cast(TextIO, PerhapsUnread(stream, BrokenPipeError)) for stream in (sys.stdout, sys.stderr)
+        stream and cast(TextIO, PerhapsUnread(stream, BrokenPipeError))
+        for stream in (sys.stdout, sys.stderr)
     )
     for word in sys.argv[1:]:
         if not word or re.fullmatch(r"--[\w-]+=", word):
