@@ -57,6 +57,15 @@ def test_standard_streams_that_were_closed_before(word, code, tmp_path):
     assert found.returncode == code
 
 
+@pytest.mark.run
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
+    code = "import os, sys, flowtrain.cli.main as cli\nsys.argv[1:] = ['--version']\n"
+    code += "try: cli.main()\nexcept SystemExit: sys.exit(os.open(os.devnull, os.O_RDONLY))"
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    found = subprocess.run(shell, cwd=tmp_path, env=environment(), check=False)
+    assert found.returncode >= 3
+
+
 def test_the_readme_is_short():
     lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150 and [line for line in lines if len(line) > 100] == []
