@@ -3,11 +3,12 @@
 `train` and `evaluate` write them through these types, and `compare` and `report` read them so.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 UNKNOWN = "?"  # unit in the files of an earlier version
+LARGEST = 1e300  # number, so that sums and charts do not overflow
 
 
 def earlier(*names: str) -> Any:
@@ -19,6 +20,13 @@ class File(BaseModel):
     """The keys of a file, in its order. Where it is read, other keys are ignored."""
 
     model_config = ConfigDict(allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="after")
+    def _require_usual_numbers(self) -> Self:
+        for key, value in self:
+            if isinstance(value, int | float) and abs(value) > LARGEST:
+                raise ValueError(f"{key} is too large")
+        return self
 
     def content(self) -> dict[str, Any]:
         """What is written: the keys that were given a value."""

@@ -26,7 +26,8 @@ log = logging.getLogger("flowtrain")
 PREFIX = "hf://"
 FILE = "model.safetensors"  # the name that the hub expects
 OLDEST = (1, 3)  # version of huggingface_hub
-ADDRESS = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
+NAME = r"\w(?:[\w.-]{0,94}\w)?"  # as huggingface_hub accepts it
+ADDRESS = re.compile(rf"({NAME}/{NAME})(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
 LOG_IN = "`hf auth login`, or a token in HF_TOKEN"
 
 

@@ -473,5 +473,5 @@ def print_table(result: Mapping[str, object]) -> None:
     table.add_column(overflow="fold")  # a path is of no use with its end cut off
     for key, value in result.items():
         text = f"{value:.5g}" if isinstance(value, float) else str(value)
-        table.add_row(key.replace("_", " "), text)
+        table.add_row(key, text)
     console.print(table)

@@ -1,7 +1,5 @@
 """`flowtrain list`."""
 
-import typer
-
 from flowtrain.cli import configs as configfiles
 from flowtrain.cli.base import command, on_one_process
 
@@ -33,6 +31,6 @@ def catalogue() -> None:
 
 def _print(title: str, rows: dict[str, str]) -> None:
     width = max(map(len, rows), default=0)
-    typer.echo(f"\n{title}")
+    print(f"\n{title}")
     for name, text in rows.items():
-        typer.echo(f"  {name:{width}}  {text}")
+        print(f"  {name:{width}}  {text}")

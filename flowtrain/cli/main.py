@@ -72,6 +72,11 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
+    # Signal handlers and libraries write to standard streams. If one was closed before (`>&-`), no
+    # later file gets its number.
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
     # Process 1 of a container gets only signals that it has a handler for. `train` has its own.
     signal.signal(signal.SIGTERM, _stop)
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -83,9 +88,11 @@ def main() -> None:
     # File names may be no text at all. They are printed with escapes, as on standard error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # The files of a command are written, even if `head` has read enough of its output.
+    # The files of a command are written, even if `head` has read enough of its output. A stream
+    # that was closed before is None, which all printing accepts.
     sys.stdout, sys.stderr = (
-        cast(TextIO, PerhapsUnread(stream, BrokenPipeError)) for stream in (sys.stdout, sys.stderr)
+        stream and cast(TextIO, PerhapsUnread(stream, BrokenPipeError))
+        for stream in (sys.stdout, sys.stderr)
     )
     for word in sys.argv[1:]:
         if not word or re.fullmatch(r"--[\w-]+=", word):

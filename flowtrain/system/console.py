@@ -1,16 +1,23 @@
 """What commands print: live bars on a terminal, plain lines elsewhere."""
 
 import time
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 from flowtrain.system.files import PerhapsUnread
+
+# Text from outside, such as the name of a model, must not move the cursor or change colours.
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - set(b"\t\n"), "?")
 
 
 class _Output(Console):
     outlives_terminal = False
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(text.translate(CONTROLS), **options)
 
     @property
     def file(self) -> IO[str]:
@@ -22,7 +29,7 @@ class _Output(Console):
         self._file = stream
 
 
-console = _Output(highlight=False, markup=False, soft_wrap=True)
+console = _Output(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def outlive_the_terminal() -> None:

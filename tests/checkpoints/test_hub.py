@@ -210,6 +210,7 @@ def test_names_on_the_hub():
     for text in (
         *("hf://a", "hf://", "a/b/c", "a/b@", "../b", "a/..", "a/b@../../x", "a--b/c", "a/b.git"),
         *("/a/b", "a/b ", "a/b\n", "hf:/a/b", "\xe9/b", "a/b@/x", "a/b@x..y"),
+        *("a/b-", "a/b.", "a-/b", "a/" + 97 * "b"),
     ):
         with pytest.raises(UserError, match="not a hub name"):
             hub_models.address(text)

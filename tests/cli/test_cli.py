@@ -288,6 +288,7 @@ def test_info_about_a_configuration_and_list(tmp_path):
     out = " ".join(quick("info", "causal_cifar_small.yaml", cwd=tmp_path).ok().out.split())
     assert "cifar10: 3x32x32, 256 levels" in out and "sampling: sequential" in out
     assert "30:00, muon, batches of 32" in out
+    assert "two_moons, test" in quick("info", "two_moons", cwd=tmp_path).ok().out
     out = quick("list", cwd=tmp_path).ok().out
     for words in ("  glow_cifar_small ", "  mnist ", "MNIST handwritten digits", "  glow "):
         assert words in out, words

@@ -24,18 +24,46 @@ def test_the_help_has_panels():
     assert list(dict.fromkeys(panels)) == main.PANELS
 
 
+OPTIONS = ["--num-images", "4", "--json", "p.json", "--scores", "p.csv"]
+
+
 @pytest.mark.run
-def test_files_are_written_although_nobody_reads_what_is_printed(tmp_path):
+@pytest.mark.parametrize(
+    "words, encoding, files",
+    [
+        (["list"], "ascii", set()),
+        (["evaluate", "glow_digits", *OPTIONS], "utf-8", {"p.json", "p.csv"}),
+    ],
+)
+def test_files_are_written_although_nobody_reads_what_is_printed(words, encoding, files, tmp_path):
     read, write = os.pipe()
     os.close(read)
-    options = ["--num-images", "4", "--json", "p.json", "--scores", "p.csv"]
-    words = [sys.executable, "-m", "flowtrain", "evaluate", "glow_digits", *options]
+    words = [sys.executable, "-m", "flowtrain", *words]
+    env = environment(PYTHONIOENCODING=encoding)
     found = subprocess.run(
-        words, cwd=tmp_path, env=environment(), stdout=write, stderr=subprocess.PIPE, check=False
+        words, cwd=tmp_path, env=env, stdout=write, stderr=subprocess.PIPE, check=False
     )
     os.close(write)
     assert (found.returncode, found.stderr) == (0, b"")
-    assert {path.name for path in tmp_path.iterdir()} == {"p.json", "p.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("word, code", [("list", 0), ("nothing", 2)])
+def test_standard_streams_that_were_closed_before(word, code, tmp_path):
+    words = [sys.executable, "-m", "flowtrain", word]
+    shell = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words]
+    found = subprocess.run(shell, cwd=tmp_path, env=environment(), check=False)
+    assert found.returncode == code
+
+
+@pytest.mark.run
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
+    code = "import os, sys, flowtrain.cli.main as cli\nsys.argv[1:] = ['--version']\n"
+    code += "try: cli.main()\nexcept SystemExit: sys.exit(os.open(os.devnull, os.O_RDONLY))"
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    found = subprocess.run(shell, cwd=tmp_path, env=environment(), check=False)
+    assert found.returncode >= 3
 
 
 def test_the_readme_is_short():

@@ -26,4 +26,4 @@ def verify_record(mirror: MirrorOption = False, *, options: DataOptions) -> None
     with ProgressBar("evaluating") as bar:
         found = verify(loaded, options.data(loaded), bar)
     console.print("verified")
-    print(found.row)
+    console.print(found.row)

@@ -124,8 +124,6 @@ LEAST_IMPORTANT = ("unit", "images/s", "parameters", "data", "model", "images se
 
 
 def _print_table(results: "list[Result]") -> None:
-    from rich.console import Console
-
     from flowtrain.system.console import console, duration, figure
     from flowtrain.tools.report import compare as comparison
 
@@ -155,9 +153,9 @@ def _print_table(results: "list[Result]") -> None:
             f"{title}, {unit}" if title == "validation" else title: column
             for title, column in columns.items()
         }
-    unlimited = Console(width=10**6)
+    unlimited = console.options.update(width=10**6)
     for title in LEAST_IMPORTANT:
-        if unlimited.measure(_table(columns)).maximum <= console.width:
+        if console.measure(_table(columns), options=unlimited).maximum <= console.width:
             break
         columns.pop(title, None)
     console.print(_table(columns))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import flowtrain
-from flowtrain.checkpoints import record
+from flowtrain.checkpoints import record, zoo
 from flowtrain.checkpoints.load import LoadedModel, model_hash, run_of
 from flowtrain.data.splits import DataSet, Split
 from flowtrain.datasets.base import picture
@@ -145,7 +145,7 @@ def page(
 
     makers: dict[str, Callable[[], Any]] = {
         "curves": lambda: _curves(run, flow.kind.unit),
-        "evaluations": lambda: _evaluations(run),
+        "evaluations": lambda: _evaluations(run, model.checkpoint.path),
         **{f"samples at {t:g}": functools.partial(samples, t) for t in temperatures},
         "reconstructions": lambda: reconstruct(
             flow, test().sample(num_images, seed).take(slice(None))
@@ -201,10 +201,10 @@ def _curves(run: Path, unit: str) -> dict[str, str]:
     return charts.curves_svg(rows, unit)
 
 
-def _evaluations(run: Path) -> list[tuple[Path, Evaluation]]:
+def _evaluations(run: Path, checkpoint: Path) -> list[tuple[Path, Evaluation]]:
     files = sorted(run.glob("evaluate-*.json"))
     if not files:
-        command = f"flowtrain evaluate {shlex.quote(str(run))}"
+        command = f"flowtrain evaluate {shlex.quote(zoo.argument(checkpoint))}"
         raise UserError(f"the model has not been evaluated; {command} does it")
     return [(file, record.read_evaluation(file)) for file in files]
 

@@ -128,6 +128,15 @@ def test_one_run_twice_is_shown_once_and_same_names_by_their_paths(here):
     assert list(compared("x/a", "y/a", "x/../x/a")[0]) == ["x/a", "y/a"]
 
 
+@pytest.mark.run
+def test_brackets_in_names_are_no_markup(here):
+    names = ["x[/a]", "y/a]"]
+    for name in names:
+        a_run(here / name)
+    out = quick("compare", *names, cwd=here).ok().out
+    assert all(f"│ {name} " in out for name in names)
+
+
 def with_test(**changes):
     return {"test": {**TEST, **changes}}
 

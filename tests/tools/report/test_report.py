@@ -222,6 +222,7 @@ def test_without_its_data_a_page_has_the_rest(moved, tmp_path):
     quick("report", "model.safetensors", "--weights", "raw", cwd=tmp_path).ok()
     page = Page(tmp_path / "report.html")
     assert "metrics.jsonl: cannot be read" in page.text and "with its raw weights" in page.text
+    assert "flowtrain evaluate model.safetensors does it" in page.text
     # Broken files.
     run = copy_of(moved / "run", tmp_path / "run\udcff")  # whose name is no UTF-8
     (run / "metrics.jsonl").write_text("")
@@ -233,10 +234,14 @@ def test_without_its_data_a_page_has_the_rest(moved, tmp_path):
 
 def test_a_figure_of_another_model_and_a_film_of_samples(digits, tmp_path):
     run = copy_of(digits[0], tmp_path / "run")
+    values = json.loads((run / "evaluate-test.json").read_text())
+    other = {**values, "dataset": "my photos", "split": "all"}
+    (run / "evaluate-photos-all.json").write_text(json.dumps(other))
     page, done = page_of("run", "--weights", "raw", "--num-images", 1, cwd=tmp_path)
     assert "evaluate-test.json was not measured on the weights of this report" in page.text
     command = "flowtrain evaluate run/checkpoints/best.safetensors --split test --weights raw"
     assert command in page.text
+    assert "best.safetensors --data 'my photos' --weights raw measures" in page.text
     assert "not in it: paths" not in done.out
     assert page.picture("Paths between test images").shape[2] >= 800
     (moving,) = (image for image in page.all("img") if image["src"].startswith("data:image/gif"))
@@ -244,7 +249,7 @@ def test_a_figure_of_another_model_and_a_film_of_samples(digits, tmp_path):
     files = sorted((run / "samples").glob("*.png"))
     assert film.width == 400 and film.n_frames >= len(files) > 1
 
-    values = json.loads((run / "evaluate-test.json").read_text())
+    (run / "evaluate-photos-all.json").unlink()
     values |= {"loss": None, "loss_stderr": None, "nats_per_image": None}
     (run / "evaluate-test.json").write_text(json.dumps(values))
     files[0].write_bytes(b"no picture")
