@@ -309,7 +309,7 @@ def test_regular_files_and_links(tmp_path):
 # files of the package or the system, open files, new files, bytes, folders.
 OPENING = {
     "open": "system/files system/arrays system/nvidia system/torchrun datasets/base datasets/cache "
-    "datasets/imagenet cli/configs pictures/lossless training/run_directory",
+    "datasets/imagenet cli/configs cli/main pictures/lossless training/run_directory",
     "fdopen": "system/files",
     "memmap": "datasets/cache",
     "load": "system/distributed checkpoints/format config/files tools/archive/command "
