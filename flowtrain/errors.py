@@ -69,10 +69,9 @@ def place(error: BaseException) -> str:
     """` (FILE, line N)` for the last line of the user's own code that ran before an error, or an
     empty string. Code of flowtrain, of Python and of installed packages is not the user's.
     """
-    found = ""
+    found, others = "", (Path(__file__).parent, Path(sysconfig.get_path("stdlib")))
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = Path(frame.f_code.co_filename)
-        others = (Path(__file__).parent, Path(sysconfig.get_path("stdlib")))
         ours = any(file.is_relative_to(folder) for folder in others)
         if file.is_absolute() and not ours and not any(name in file.parts for name in _PACKAGES):
             found = f" ({file}, line {line})"

@@ -80,7 +80,7 @@ def build(
         bins: Number of bins per spline.
         components: Number of logistics per mixture.
         split: How a coupling splits its input: by channel, by a checkerboard whose colours
-            alternate, or mixed, which takes turns. A single pixel has no second colour, so it is
+            alternate, or mixed, which takes turns. A single pixel, without a second colour, is
             split by channel.
         conditioner: Network of the couplings: glow (convolutions 3x3, 1x1, 3x3), preactivated (the
             same behind a 1x1 convolution and ReLU), or gated (residual blocks with gates).
