@@ -41,7 +41,7 @@ CAUSAL = Family(
             Size(200, _CAUSAL | {"width": 96, "units": 16, "components": 5}),
             Size(900, _CAUSAL | {"width": 160, "units": 32, "components": 8}),
             Size(3000, _CAUSAL | {"width": 192, "units": 32, "components": 8}),
-            Size(15000, _CAUSAL | {"width": 192, "units": 48, "components": 10}),
+            Size(15000, _CAUSAL | {"width": 224, "units": 48, "components": 8}),
         ),
         "grey": (
             _SMALL,
