@@ -30,7 +30,7 @@ def build(
         width: Number of units per hidden layer.
         hidden_layers: Number of hidden layers per conditioner.
         order: How the next layer reorders the entries. `random` is a random permutation.
-        transform: Transform of an entry, given earlier entries of the latent: affine, spline,
-            mixture, exp or sigmoid, as in MAF.
+        transform: Transform of an entry, given earlier entries of the latent, by the names of
+            Glow's `coupling`.
     """
     return maf.chain(shape, layers, width, hidden_layers, order, transform, Inverse)

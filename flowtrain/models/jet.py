@@ -69,11 +69,10 @@ def build(
         couplings: Number of couplings. Every fifth one keeps half of the patches, and the others
             keep half of the entries of each patch.
         layers: Number of layers in the transformer of each coupling.
-        mixing: Layer before each coupling of entries: whitening (an ActNorm and a 1x1 convolution,
-            which mixes the entries of a patch and starts as the PCA whitening of the first batch)
-            or a random permutation, as in the paper.
-        bounded: Whether the log-scales of a coupling are bounded to +-2, by tanh. The paper's
-            scales are at most 2 and may be as small as they like.
+        mixing: Layer before each coupling of entries: whitening (an ActNorm and a 1x1 convolution
+            over the entries of a patch, at first the PCA whitening of the first batch), or a random
+            permutation, as in the paper.
+        bounded: Whether log-scales are bounded to +-2, by tanh. The paper's scales are in (0, 2).
 
     Raises:
         UserError: if the patches do not fill the image, or if their number is odd.

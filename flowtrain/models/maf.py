@@ -52,9 +52,8 @@ def build(
         width: Number of units per hidden layer.
         hidden_layers: Number of hidden layers per conditioner.
         order: How the next layer reorders the entries. `random` is a random permutation.
-        transform: Transform of an entry, given those before it: affine, spline
-            (rational-quadratic, Durkan et al. 2019), mixture (of logistics, Ho et al. 2019), or
-            affine with other scales: exp, as in the paper, and sigmoid (2 sigmoid(h)).
+        transform: Transform of an entry, given those before it, by the names of Glow's `coupling`.
+            The paper has exp.
     """
     return chain(shape, layers, width, hidden_layers, order, transform, lambda layer: layer)
 

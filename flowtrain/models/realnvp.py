@@ -60,9 +60,7 @@ def build(
         width: Number of feature maps in the conditioners at the first scale, doubled after each
             squeeze. For vectors: number of hidden units.
         blocks: Number of residual blocks per conditioner. For vectors: number of hidden layers.
-        transform: Transform of an entry: affine, spline (rational-quadratic, Durkan et al. 2019),
-            mixture (of logistics, Ho et al. 2019), or affine with other scales: exp and sigmoid
-            (2 sigmoid(h)).
+        transform: Transform of an entry, by the names of Glow's `coupling`.
 
     Raises:
         UserError: if the image cannot be squeezed `levels - 1` times.
