@@ -25,7 +25,7 @@ Commands on a trained model take keys of `data`. `flowtrain train --dry-run` che
 without writing anything. `RUN/config.yaml` has every key of a run.
 
 The options of each data set and model are listed under its name. There, `root` stands for
-`data.root`, and (C, H, W) for channels, height and width.
+`data.root`, which only downloaded data sets use, and (C, H, W) for channels, height and width.
 
 `python -m flowtrain.config > flowtrain.schema.json` writes the same as a JSON schema, for editors.
 

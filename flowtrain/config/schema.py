@@ -111,7 +111,7 @@ class Data(Component):
         "one, and on a CPU mapped files.",
     )
     workers: Annotated[int, Field(ge=0, le=1000)] = Field(
-        2, description="Number of threads that read a training set not held on the device."
+        2, description="Threads that read a training set not held on the device."
     )
 
     @property
@@ -173,11 +173,11 @@ class Dequantization(Section):
         "to 0.15, for images in [-1, 1], are 0.025 to 0.075 here.",
     )
     steps: Positive = Field(
-        4, description="Number of steps in the flow of variational noise."
+        4, description="Steps in the flow of variational noise."
     )
     width: Positive = Field(
         32,
-        description="Number of channels in the hidden layers of that flow's networks.",
+        description="Channels in the hidden layers of that flow's networks.",
     )
     transform: Literal["center", "logit"] = Field(
         "center",
@@ -239,7 +239,7 @@ class Train(Section):
     """
 
     num_steps: Period | None = Field(
-        None, description="Number of optimizer steps. Give either this or `budget`."
+        None, description="Optimizer steps. Give either this or `budget`."
     )
     budget: Duration | None = Field(
         1800.0,
@@ -252,14 +252,14 @@ class Train(Section):
         "processor time of the steps alone, summed over threads.",
     )
     batch_size: Positive = Field(
-        64, description="Number of images per forward pass, in each process."
+        64, description="Images per forward pass, in each process."
     )
     accumulate: Positive = Field(
-        1, description="Number of forward passes whose gradients make one optimizer step."
+        1, description="Forward passes whose gradients make one optimizer step."
     )
     lr: PositiveFloat = Field(5e-3, description="Peak learning rate.")
     warmup_steps: Steps = Field(
-        50, description="Number of steps over which the learning rate rises linearly from 0."
+        50, description="Steps over which the learning rate rises linearly from 0."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear",
@@ -305,7 +305,7 @@ class Train(Section):
     )
     max_non_finite: Steps = Field(
         5,
-        description="Number of non-finite steps that a run survives. One more ends it with exit "
+        description="Non-finite steps that a run survives. One more ends it with exit "
         "code 1.",
     )
     log_every: Period = Field(50, description="Steps between lines of metrics.")
@@ -314,7 +314,7 @@ class Train(Section):
     )
     checkpoint_every: Period = Field(500, description="Steps between checkpoints.")
     keep_checkpoints: Steps = Field(
-        1, description="Number of numbered checkpoints to keep, besides last and best."
+        1, description="Numbered checkpoints to keep, besides last and best."
     )
     sample_every: Period = Field(500, description="Steps between sample grids.")
     logger: Loggers = Field(

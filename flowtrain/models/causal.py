@@ -56,25 +56,25 @@ def build(
 
     Args:
         width: Channels of the convolutions.
-        blocks: Number of residual blocks. Each sees one more token above and to each side.
+        blocks: Residual blocks. Each sees one more token above and to each side.
         token: Side of the square patches that the convolutions see as one place, in pixels. Any
             image size will do.
-        components: Number of logistics in the mixture of each entry.
-        units: Number of hidden units for each entry of a token, in each of two layers.
+        components: Logistics in the mixture of each entry.
+        units: Hidden units for each entry of a token, in each of two layers.
         window: Tokens above and to each side that the linear prediction and the first convolution
             see.
-        attention: Number of blocks of causal self-attention over all tokens, at equal distances
+        attention: Blocks of causal self-attention over all tokens, at equal distances
             between the residual blocks.
         pixels: Whether all blocks also see the pixels of earlier tokens: convolutions in their
             window, and attention everywhere, by relative positions and with a learned temperature
             for each head.
-        downsample: Number of residual blocks over cells of 2x2 tokens, for what is farther away.
+        downsample: Residual blocks over cells of 2x2 tokens, for what is farther away.
             The cells of the rows above join the tokens after half of the residual blocks.
         dropout: Probability with which entries of a residual block are dropped in training, for
             small sets and long runs.
         uniform: Weight of a uniform distribution in each mixture. A smaller one leaves less room
             for the rounding of float32 between `encode` and `decode`.
-        orders: Number of scanning orders to learn, as turned copies of an image, each with a vector
+        orders: Scanning orders to learn, as turned copies of an image, each with a vector
             of its own (Jun et al. 2020, "distribution augmentation"): raster order, then mirrored;
             4 are also upside down, and 8 transposed. `--mirror` is the mixture of all.
 

@@ -42,9 +42,9 @@ def build(
     defaults are the paper's for 2-D data.
 
     Args:
-        blocks: Number of differential equations, one after the other.
-        width: Number of units per hidden layer of the velocity's network.
-        hidden_layers: Number of hidden layers of that network.
+        blocks: Differential equations, one after the other.
+        width: Units per hidden layer of the velocity's network.
+        hidden_layers: Hidden layers of that network.
         solver: Runge-Kutta method, of order 5 or 8. dopri8 is for tolerances near rounding.
         rtol: Relative tolerance of a solver step in training; 100 times tighter elsewhere.
         atol: Absolute tolerance of a solver step in training; 100 times tighter elsewhere.

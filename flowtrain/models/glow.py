@@ -69,7 +69,7 @@ def build(
 
     Args:
         levels: Number of levels, L. Each halves the sides, so both must be multiples of 2**L.
-        steps: Number of steps of flow (ActNorm, permutation, coupling) per level, K; or a list,
+        steps: Steps of flow (ActNorm, permutation, coupling) per level, K; or a list,
             finest level first.
         width: Channels of the conditioners' hidden layers; or a list, finest level first. Coarser
             levels cost less.
@@ -77,13 +77,13 @@ def build(
             (rational-quadratic, Durkan et al. 2019), mixture (of logistics, Ho et al. 2019), or
             affine with other scales: exp (not bounded), sigmoid (2 sigmoid(h)), and tanh
             (exp(a tanh(h)) with a learned a for each channel).
-        bins: Number of bins per spline.
-        components: Number of logistics per mixture.
+        bins: Bins per spline.
+        components: Logistics per mixture.
         split: How a coupling splits its input: by channel, by a checkerboard of alternating
             colours, or by both in turn (mixed). A single pixel is split by channel.
         conditioner: Network of the couplings: glow (convolutions 3x3, 1x1, 3x3), preactivated (the
             same behind a 1x1 convolution and ReLU), or gated (residual blocks with gates).
-        blocks: Number of residual blocks in a gated conditioner.
+        blocks: Residual blocks in a gated conditioner.
         permutation: Mixing of the channels before each coupling: a 1x1 convolution (conv1x1_lu by
             its LU factors, or conv1x1), a random shuffle, or a reversal.
         initialization: Start of the 1x1 convolutions: random rotations, or the PCA whitening of the

@@ -55,11 +55,11 @@ def build(
     networks see a context of the shape `context` beside their input.
 
     Args:
-        levels: Number of scales. The image is squeezed `levels - 1` times (the paper: "downscale
+        levels: Scales. The image is squeezed `levels - 1` times (the paper: "downscale
             only once" for CIFAR-10 is 2). For vectors: four couplings each.
-        width: Number of feature maps in the conditioners at the first scale, doubled after each
-            squeeze. For vectors: number of hidden units.
-        blocks: Number of residual blocks per conditioner. For vectors: number of hidden layers.
+        width: Feature maps in the conditioners at the first scale, doubled after each squeeze; for
+            vectors, hidden units.
+        blocks: Residual blocks per conditioner; for vectors, hidden layers.
         transform: Transform of an entry, by the names of Glow's `coupling`.
 
     Raises:
