@@ -19,21 +19,22 @@ PAGE = """\
 <!-- Written by `make docs` from the schema; change docs/configuration.py or the descriptions. -->
 # Configuration keys
 
-A configuration is a YAML file with the sections below. A key that is left out has its default.
-On a command line, `section.key=value` overrides one key; `--set section.key=value` is the same.
-Commands on a trained model take keys of `data`. `flowtrain train --dry-run` checks a configuration
-without writing anything. `RUN/config.yaml` has every key of a run.
+A configuration is a YAML file with the sections below. On a command line, `section.key=value`
+overrides one key; `--set section.key=value` is the same. Commands on a trained model take keys of
+`data`. `flowtrain train --dry-run` checks a configuration without writing anything.
+`RUN/config.yaml` has every key of a run.
 
-The options of each data set and model are listed under its name. There, `root` stands for
-`data.root`, which only downloaded data sets use, and (C, H, W) for channels, height and width.
+Each key has its values and its default in parentheses. The options of each data set and model are
+listed under its name. There, `root` stands for `data.root`, which only downloaded data sets use,
+and (C, H, W) for channels, height and width.
 
 `python -m flowtrain.config > flowtrain.schema.json` writes the same as a JSON schema, for editors.
 
 {keys}
 ## Notes
 
-- One optimizer step takes `train.accumulate` times `train.batch_size` images of each process, and
-  their gradient is that of one such batch.
+- One optimizer step takes `train.accumulate` times `train.batch_size` images of each process.
+  `accumulate: 2` equals twice the batch size.
 - `--set` with another `data.name` or `model.name` drops the options of the old one.
   Setting one of `train.num_steps` and `train.budget` clears the other.
 - A resumed run must have every key as before, except where the data lie and how they are read
@@ -54,11 +55,10 @@ def page() -> str:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     }
     keys = Config.model_fields.keys() - sections.keys()
-    parts, homes = [table(rows_of("", Config, keys).values())], dict[str, str]()
+    parts, homes = [*items("", Config, keys).values(), ""], dict[str, str]()
     for section, kind in sections.items():
-        about = filled(inspect.getdoc(kind) or "")
-        rows = rows_of(f"{section}.", kind, kind.model_fields)
-        parts += [f"## {section}\n", about, table(rows.values())]
+        parts += [f"## {section}\n", filled(inspect.getdoc(kind) or "")]
+        parts += [*items(f"{section}.", kind, kind.model_fields).values(), ""]
         if issubclass(kind, Component):
             for name in component_names(kind):
                 parts += section_of(kind, name, homes)
@@ -66,41 +66,40 @@ def page() -> str:
 
 
 def section_of(base: type[Component], name: str, homes: dict[str, str]) -> list[str]:
-    """The section about one model or data set. `homes` has the section that each row is in; the
-    others link to it.
+    """The section about one model or data set. `homes` has the section of each item; the others
+    link to it.
     """
     named, kind = component(base, name), component_schema(base, name)
     parts = [f"### {base.section}.name: {name}\n", filled(named.about), filled(named.details)]
     own, elsewhere = list[str](), dict[str, list[str]]()
-    for key, row in rows_of(f"{base.section}.", kind, kind.option_names).items():
-        if (home := homes.setdefault(row, name)) == name:
-            own.append(row)
+    for key, item in items(f"{base.section}.", kind, kind.option_names).items():
+        if (home := homes.setdefault(item, name)) == name:
+            own.append(item)
         else:
             elsewhere.setdefault(home, []).append(f"`{key}`")
-    parts += [table(own)] if own else []
+    parts += [*own, ""] if own else []
     for home, keys in elsewhere.items():
-        parts.append(f"{', '.join(keys)}: as for [{home}](#{base.section}name-{home}).\n")
+        parts.append(filled(f"{', '.join(keys)}: as for [{home}](#{base.section}name-{home})."))
     return parts
 
 
-def filled(text: str) -> str:
+def filled(text: str, indent: str = "") -> str:
     """A paragraph in lines of at most 100 characters."""
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) + "\n"
+    lines = textwrap.wrap(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines) + "\n"
 
 
-def rows_of(prefix: str, kind: type[Section], keys: Iterable[str]) -> dict[str, str]:
-    """A row for each key."""
-    schema, rows = kind.model_json_schema(), dict[str, str]()
+def items(prefix: str, kind: type[Section], keys: Iterable[str]) -> dict[str, str]:
+    """An item of a list for each key."""
+    schema, found = kind.model_json_schema(), dict[str, str]()
     for key in keys:
         about = schema["properties"][key]
         default = code(about["default"]) if "default" in about else "required"
-        name = f"{prefix}{key}"
-        rows[name] = f"| `{name}` | {values(about)} | {default} | {about['description']} |"
-    return rows
-
-
-def table(rows: Iterable[str]) -> str:
-    return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+        text = f"- `{prefix}{key}` ({values(about)}; {default}): {about['description']}"
+        found[f"{prefix}{key}"] = filled(text, "  ").rstrip("\n")
+    return found
 
 
 def values(about: Mapping[str, Any]) -> str:
