@@ -25,8 +25,7 @@ overrides one key; `--set section.key=value` is the same. Commands on a trained 
 `RUN/config.yaml` has every key of a run.
 
 Each key has its values and its default in parentheses. The options of each data set and model are
-listed under its name. There, `root` stands for `data.root`, which only downloaded data sets use,
-and (C, H, W) for channels, height and width.
+listed under its name. There, `root` stands for `data.root`, which only downloaded data sets use.
 
 `python -m flowtrain.config > flowtrain.schema.json` writes the same as a JSON schema, for editors.
 

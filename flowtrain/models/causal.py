@@ -49,7 +49,7 @@ def build(
     uniform: Annotated[float, Field(ge=2.0**-12, lt=1)] = 2.0**-10,
     orders: Literal[1, 2, 4, 8] = 1,
 ) -> Bijection:
-    """Causal flow for images of `shape` (C, H, W) with `num_bins` levels.
+    """Causal flow for images with `num_bins` levels.
 
     The networks see the class, if there are `classes`, or an image of the shape `context`. So the
     likelihood given these is exact, too.

@@ -38,8 +38,7 @@ def build(
     trace: Trace = "auto",
     adjoint: bool = False,
 ) -> Bijection:
-    """Continuous flow for data of `shape` (C, H, W). It needs the extra `cnf`. The
-    defaults are the paper's for 2-D data.
+    """Continuous flow. It needs the extra `cnf`. The defaults are the paper's for 2-D data.
 
     Args:
         blocks: Differential equations, one after the other.

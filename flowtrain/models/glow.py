@@ -62,7 +62,7 @@ def build(
     top_prior: Literal["channel", "entry"] = "channel",
     padding: Literal["zeros", "ones"] = "zeros",
 ) -> Bijection:
-    """Glow for images of `shape` (C, H, W). Each level is a squeeze, steps of flow, and a split.
+    """Glow for images. Each level is a squeeze, steps of flow, and a split.
 
     All networks, also of the split priors, see a context of the shape `context` beside their
     input.

@@ -23,7 +23,7 @@ def build(
     order: maf.Order = "reverse",
     transform: Elementwise = "affine",
 ) -> Bijection:
-    """IAF for data of `shape` (C, H, W). The entries are in the order in which they are stored.
+    """IAF for data. The entries are in the order in which they are stored.
 
     Args:
         layers: Autoregressive layers.

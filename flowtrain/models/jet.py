@@ -59,7 +59,7 @@ def build(
     mixing: Literal["whitening", "permutation"] = "whitening",
     bounded: bool = True,
 ) -> Bijection:
-    """Jet for images of `shape` (C, H, W). With `classes`, the networks see the class.
+    """Jet for images. With `classes`, the networks see the class.
 
     Args:
         patch: Side of the square patches of an image, in pixels. It must divide both sides, and

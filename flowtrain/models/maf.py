@@ -45,7 +45,7 @@ def build(
     order: Order = "reverse",
     transform: Elementwise = "affine",
 ) -> Bijection:
-    """MAF for data of `shape` (C, H, W). The entries are in the order in which they are stored.
+    """MAF for data. The entries are in the order in which they are stored.
 
     Args:
         layers: Autoregressive layers. The paper has 5 and 10.

@@ -40,7 +40,7 @@ def build(
     hidden_layers: Positive = 5,
     prior: Literal["logistic", "gaussian"] = "logistic",
 ) -> Bijection:
-    """NICE for images of `shape` (C, H, W). The defaults are the paper's for MNIST (section 5.1).
+    """NICE for images. The defaults are the paper's for MNIST (section 5.1).
 
     Args:
         couplings: Number of couplings, which keep the even and the odd entries by turns.

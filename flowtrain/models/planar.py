@@ -18,7 +18,7 @@ from flowtrain.types import Positive, Shape
 
 
 def build(shape: Shape, *, layers: Positive = 32) -> Bijection:
-    """Planar flow for data of `shape` (C, H, W).
+    """Planar flow for vectors and flattened images.
 
     Args:
         layers: Number of layers, K, each of which bends space along one direction. The paper has up

@@ -48,7 +48,7 @@ def build(
     blocks: Annotated[int, Field(ge=0, le=2**20)] = 8,
     transform: Elementwise = "affine",
 ) -> Bijection:
-    """RealNVP for images of `shape` (C, H, W), the multiscale architecture of section 3.6.
+    """RealNVP for images, the multiscale architecture of section 3.6.
 
     Each level but the last is three checkerboard couplings, a squeeze, and three channel couplings,
     after which half of the channels leave. The last level is four checkerboard couplings. All

@@ -45,7 +45,7 @@ def build(
     mixing: Literal["whitening", "none"] = "whitening",
     bounded: bool = True,
 ) -> Bijection:
-    """TarFlow for images of `shape` (C, H, W). With `classes`, the networks see the class.
+    """TarFlow for images. With `classes`, the networks see the class.
 
     Args:
         patch: Side of the square patches of an image, in pixels. It must divide both sides.
