@@ -17,7 +17,7 @@ They come with flowtrain, {size:.1f} MB in all, and stand wherever a command tak
 Figures are of these files, on the test split in float32. Networks are stored in half precision,
 which changes a figure by less than 0.001. `make models` trains them again.
 
-| model | what it is | figure | likelihood | parameters | size | trained in |
+| model | flow and data | figure | likelihood | parameters | size | trained in |
 |---|---|---|---|---|---|---|
 {rows}
 

@@ -68,7 +68,7 @@ def build(
         pixels: Whether all blocks also see the pixels of earlier tokens: convolutions in their
             window, and attention everywhere, by relative positions and with a learned temperature
             for each head.
-        downsample: Residual blocks over cells of 2x2 tokens, for what is farther away.
+        downsample: Residual blocks over cells of 2x2 tokens, for distant context.
             The cells of the rows above join the tokens after half of the residual blocks.
         dropout: Probability with which entries of a residual block are dropped in training, for
             small sets and long runs.
