@@ -172,16 +172,12 @@ class Dequantization(Section):
         description="Standard deviation of Gaussian noise, from black 0 to white 1. TarFlow's 0.05 "
         "to 0.15, for images in [-1, 1], are 0.025 to 0.075 here.",
     )
-    steps: Positive = Field(
-        4, description="Steps in the flow of variational noise."
-    )
+    steps: Positive = Field(4, description="Steps in the flow of variational noise.")
     width: Positive = Field(
-        32,
-        description="Channels in the hidden layers of that flow's networks.",
+        32, description="Channels in the hidden layers of that flow's networks."
     )
     transform: Literal["center", "logit"] = Field(
-        "center",
-        description="Transform after the noise: subtraction of 1/2, or the logit.",
+        "center", description="Transform after the noise: subtraction of 1/2, or the logit."
     )
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         0.05, description="Margin of the logit at 0 and 1."
@@ -251,9 +247,7 @@ class Train(Section):
         description="Clock of `budget`: wall-clock time with validation and samples, or, on a CPU, "
         "processor time of the steps alone, summed over threads.",
     )
-    batch_size: Positive = Field(
-        64, description="Images per forward pass, in each process."
-    )
+    batch_size: Positive = Field(64, description="Images per forward pass, in each process.")
     accumulate: Positive = Field(
         1, description="Forward passes whose gradients make one optimizer step."
     )
@@ -304,9 +298,7 @@ class Train(Section):
         0.999, description="Decay of the averaged weights. 0 keeps no average."
     )
     max_non_finite: Steps = Field(
-        5,
-        description="Non-finite steps that a run survives. One more ends it with exit "
-        "code 1.",
+        5, description="Non-finite steps that a run survives. One more ends it with exit code 1."
     )
     log_every: Period = Field(50, description="Steps between lines of metrics.")
     validate_every: Period = Field(
