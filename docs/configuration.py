@@ -19,32 +19,31 @@ PAGE = """\
 <!-- Written by `make docs` from the schema; change docs/configuration.py or the descriptions. -->
 # Configuration keys
 
-A configuration is a YAML file with the sections below. A key that is left out has its default.
-On a command line, `section.key=value` overrides one key; `--set section.key=value` is the same.
-Commands on a trained model take keys of `data`. `flowtrain train --dry-run` checks a configuration
-without writing anything. `RUN/config.yaml` is the configuration of a run with every key.
+A configuration is a YAML file with the sections below. On a command line, `section.key=value`
+overrides one key; `--set section.key=value` is the same. Commands on a trained model take keys of
+`data`. `flowtrain train --dry-run` checks a configuration without writing anything.
+`RUN/config.yaml` has every key of a run.
 
-Each data set and each model has keys of its own, its options, which are listed under its name.
-There, `root` stands for `data.root`, and (C, H, W) for channels, height and width.
+Each key has its values and its default in parentheses. The options of each data set and model are
+listed under its name. There, `root` stands for `data.root`, which only downloaded data sets use.
 
 `python -m flowtrain.config > flowtrain.schema.json` writes the same as a JSON schema, for editors.
 
 {keys}
 ## Notes
 
-- One optimizer step takes `train.accumulate` times `train.batch_size` images. One step with
-  `accumulate: 2` is the same as one with twice the batch size.
-- `--set` with another `data.name` or `model.name` drops the options that belonged to the old one.
+- One optimizer step takes `train.accumulate` times `train.batch_size` images of each process.
+  `accumulate: 2` equals twice the batch size.
+- `--set` with another `data.name` or `model.name` drops the options of the old one.
   Setting one of `train.num_steps` and `train.budget` clears the other.
-- A resumed run must have every key as before, with three exceptions. Where the data lie and how
-  they are read may change: `data.root`, `data.path`, `data.max_in_memory`, `data.workers`. So may
-  how a step is computed, and where its charts go: `train.compile`, `train.cuda_graph`,
-  `train.logger`. And `train.batch_size`, `train.accumulate` and the number of processes may change
-  if a step has as many images as before.
+- A resumed run must have every key as before, except where the data lie and how they are read
+  (`data.root`, `data.path`, `data.max_in_memory`, `data.workers`), how a step is computed
+  (`train.compile`, `train.cuda_graph`), and `train.logger`. `train.batch_size`, `train.accumulate`
+  and the number of processes may change if a step has as many images as before.
 - `--resume CHECKPOINT` into a new run directory also accepts another `train` section, apart from
   `train.optimizer`.
-- `train.budget` counts the wall-clock time of training with its validations and checkpoints, over
-  all parts of a run. It does not count the work since the last checkpoint that a kill threw away.
+- `train.budget` counts time over all parts of a run, with validations and checkpoints, but not the
+  work since the last checkpoint that a kill threw away.
 """
 
 
@@ -54,39 +53,52 @@ def page() -> str:
         for name, field in Config.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
     }
-    parts = [table("", Config, Config.model_fields.keys() - sections.keys())]
+    keys = Config.model_fields.keys() - sections.keys()
+    parts, homes = [*items("", Config, keys).values(), ""], dict[str, str]()
     for section, kind in sections.items():
-        about = filled(inspect.getdoc(kind) or "")
-        parts += [f"## {section}\n", about, table(f"{section}.", kind, kind.model_fields)]
+        parts += [f"## {section}\n", filled(inspect.getdoc(kind) or "")]
+        parts += [*items(f"{section}.", kind, kind.model_fields).values(), ""]
         if issubclass(kind, Component):
             for name in component_names(kind):
-                parts += section_of(kind, name)
+                parts += section_of(kind, name, homes)
     return PAGE.format(keys="\n".join(parts))
 
 
-def section_of(base: type[Component], name: str) -> list[str]:
-    """The section about one model or data set."""
+def section_of(base: type[Component], name: str, homes: dict[str, str]) -> list[str]:
+    """The section about one model or data set. `homes` has the section of each item; the others
+    link to it.
+    """
     named, kind = component(base, name), component_schema(base, name)
     parts = [f"### {base.section}.name: {name}\n", filled(named.about), filled(named.details)]
-    if kind.option_names:
-        parts.append(table(f"{base.section}.", kind, kind.option_names))
+    own, elsewhere = list[str](), dict[str, list[str]]()
+    for key, item in items(f"{base.section}.", kind, kind.option_names).items():
+        if (home := homes.setdefault(item, name)) == name:
+            own.append(item)
+        else:
+            elsewhere.setdefault(home, []).append(f"`{key}`")
+    parts += [*own, ""] if own else []
+    for home, keys in elsewhere.items():
+        parts.append(filled(f"{', '.join(keys)}: as for [{home}](#{base.section}name-{home})."))
     return parts
 
 
-def filled(text: str) -> str:
+def filled(text: str, indent: str = "") -> str:
     """A paragraph in lines of at most 100 characters."""
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) + "\n"
+    lines = textwrap.wrap(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines) + "\n"
 
 
-def table(prefix: str, kind: type[Section], keys: Iterable[str]) -> str:
-    """A row for each key."""
-    schema = kind.model_json_schema()
-    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+def items(prefix: str, kind: type[Section], keys: Iterable[str]) -> dict[str, str]:
+    """An item of a list for each key."""
+    schema, found = kind.model_json_schema(), dict[str, str]()
     for key in keys:
         about = schema["properties"][key]
         default = code(about["default"]) if "default" in about else "required"
-        rows.append(f"| `{prefix}{key}` | {values(about)} | {default} | {about['description']} |")
-    return "\n".join(rows) + "\n"
+        text = f"- `{prefix}{key}` ({values(about)}; {default}): {about['description']}"
+        found[f"{prefix}{key}"] = filled(text, "  ").rstrip("\n")
+    return found
 
 
 def values(about: Mapping[str, Any]) -> str:
@@ -101,6 +113,8 @@ def values(about: Mapping[str, Any]) -> str:
         return "path" if about.get("format") == "path" else "string"
     if about["type"] in ("boolean", "null"):
         return {"boolean": "`true`, `false`", "null": "`null`"}[about["type"]]
+    if about.keys() >= {"minimum", "maximum"}:
+        return f"{about['type']} {about['minimum']}..{about['maximum']}"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {about[bound]}" for bound, sign in signs.items() if bound in about]
     return " ".join([about["type"], ", ".join(bounds)]).strip()

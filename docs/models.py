@@ -14,11 +14,10 @@ They come with flowtrain, {size:.1f} MB in all, and stand wherever a command tak
 
     flowtrain sample {first}
 
-Figures are of the test split, in float32, and of the files themselves. The weights of
-networks are stored in half precision, which changes a figure by less than 0.001. `make models`
-trains them again.
+Figures are of these files, on the test split in float32. Networks are stored in half precision,
+which changes a figure by less than 0.001. `make models` trains them again.
 
-| model | what it is | figure | likelihood | parameters | size | trained in |
+| model | flow and data | figure | likelihood | parameters | size | trained in |
 |---|---|---|---|---|---|---|
 {rows}
 
@@ -33,7 +32,7 @@ PART = """\
 
     {command}
 
-- Machine: {card.machine}, {card.time}
+- Machine: {card.machine}
 - Data: {card.data} ({card.licence})
 - SHA-256: `{card.sha256}`
 """

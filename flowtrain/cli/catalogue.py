@@ -9,7 +9,7 @@ EPILOG = "Example: [cyan]flowtrain list[/cyan]"
 @command
 @on_one_process
 def catalogue() -> None:
-    """List what comes with flowtrain: trained models, configurations, data sets and models."""
+    """List the trained models, configurations, data sets and models of flowtrain."""
     from flowtrain.checkpoints import zoo
     from flowtrain.config import Data, Model, component, component_names
     from flowtrain.system.console import figure

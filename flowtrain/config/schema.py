@@ -89,17 +89,14 @@ class Data(Component):
         Path("data"), validate_default=True, description="Folder of downloaded data sets."
     )
     validation: NonNegativeFloat = Field(
-        0.1,
-        description="Number of training images held out for model selection: a count, or a "
-        "fraction below 1.",
+        0.1, description="Training images to hold out for model selection: a count, or a share < 1."
     )
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="Seed of the choice of held-out images. It is independent of `seed`."
+        0, description="Seed of the choice of held-out images."
     )
     n_bits: Annotated[int, Field(ge=1, le=8)] = Field(
         8,
-        description="Reduce the colour depth of 8-bit images to this many bits, for example 5 as "
-        "in Glow's CelebA-HQ setup.",
+        description="Colour depth to which 8-bit images are reduced: 5 in Glow's CelebA-HQ setup.",
     )
     flip: bool | None = Field(
         None,
@@ -111,10 +108,10 @@ class Data(Component):
     max_in_memory: NonNegativeFloat = Field(
         4.0,
         description="Largest training set in GiB that is held on the device. Threads read a larger "
-        "one as needed. On a CPU, mapped files are never held.",
+        "one, and on a CPU mapped files.",
     )
     workers: Annotated[int, Field(ge=0, le=1000)] = Field(
-        2, description="Number of threads that read a training set not held on the device."
+        2, description="Threads that read a training set not held on the device."
     )
 
     @property
@@ -137,27 +134,25 @@ class Model(Component):
     )
     classes: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0,
-        description="Number of classes. Each has its own prior (`class_prior`), or is an input of "
-        "the networks (causal, jet, tarflow). 0 trains without labels. The training loss is of an "
-        "image given its class. Validation and evaluation are of the image alone.",
+        description="Number of classes; 0 trains without labels. Each has its own prior "
+        "(`class_prior`), or is an input of the networks (causal, jet, tarflow). The training loss "
+        "is given the class, validation and evaluation are not.",
     )
     class_prior: Literal["coarsest", "all"] = Field(
         "coarsest",
-        description="The levels whose latents have a prior for each class, if the networks do not "
-        "see it.",
+        description="Levels of the latent with a prior for each class, if networks do not see it.",
     )
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="Probability that an image loses its label in training, for models whose "
-        "networks see the class. They then also learn images without a class, which "
-        "`sample --guidance` needs; 0.1 is usual. Validation and evaluation still report the mean "
-        "over the classes.",
+        description="Probability that an image loses its label in training, for networks that see "
+        "the class, as `sample --guidance` needs; 0.1 is usual. Validation and evaluation still "
+        "report the mean over the classes.",
     )
     context: Literal["none", "downsample", "grey"] = Field(
         "none",
-        description="Part of the image that is an input of all networks: none, the image with "
-        "shorter sides (super-resolution), or its brightness (colorization). All likelihoods are "
-        "then conditional on it.",
+        description="Part of the image that is an input of all networks, and given in all "
+        "likelihoods: the image with shorter sides (super-resolution), or its brightness "
+        "(colorization).",
     )
     context_factor: Literal[2, 4] = Field(
         2, description="Factor by which the sides of a `downsample` context are shorter."
@@ -169,26 +164,20 @@ class Dequantization(Section):
 
     name: Literal["uniform", "variational", "gaussian"] = Field(
         "uniform",
-        description="The noise that is added: uniform, or variational, from a flow given the "
-        "image. `gaussian` is for pictures: the model is then a density of noisy images, and has "
-        "no bits/dim.",
+        description="The noise: uniform, variational (from a flow given the image), or gaussian, "
+        "for a density of noisy images without bits/dim.",
     )
     sigma: Annotated[float, Field(gt=0, le=1)] = Field(
         0.05,
-        description="Standard deviation of Gaussian noise (gaussian only), where 0 is black and 1 "
-        "is white. TarFlow's 0.05 to 0.15 are for images in [-1, 1], and are 0.025 to 0.075 here.",
+        description="Standard deviation of Gaussian noise, from black 0 to white 1. TarFlow's 0.05 "
+        "to 0.15, for images in [-1, 1], are 0.025 to 0.075 here.",
     )
-    steps: Positive = Field(
-        4, description="Number of steps in the flow of the noise (variational only)."
-    )
+    steps: Positive = Field(4, description="Steps in the flow of variational noise.")
     width: Positive = Field(
-        32,
-        description="Number of channels in the hidden layers of that flow's networks (variational "
-        "only).",
+        32, description="Channels in the hidden layers of that flow's networks."
     )
     transform: Literal["center", "logit"] = Field(
-        "center",
-        description="Transform after the noise: `center` subtracts 1/2, `logit` is the logit.",
+        "center", description="Transform after the noise: subtraction of 1/2, or the logit."
     )
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(
         0.05, description="Margin of the logit at 0 and 1."
@@ -246,77 +235,70 @@ class Train(Section):
     """
 
     num_steps: Period | None = Field(
-        None, description="Number of optimizer steps. Give either this or `budget`."
+        None, description="Optimizer steps. Give either this or `budget`."
     )
     budget: Duration | None = Field(
         1800.0,
         description="Time: seconds, or with a unit, such as 90s, 30min or 1.5h. The default holds "
-        "unless `num_steps` is given.",
+        "without `num_steps`.",
     )
     clock: Literal["wall", "processor"] = Field(
         "wall",
-        description="The time of a run, which `budget` limits: `wall` is wall-clock time with "
-        "validation and samples. `processor` is the processor time of the steps alone, summed over "
-        "threads, without the time that other processes take. It needs a CPU.",
+        description="Clock of `budget`: wall-clock time with validation and samples, or, on a CPU, "
+        "processor time of the steps alone, summed over threads.",
     )
-    batch_size: Positive = Field(
-        64, description="Number of images per forward pass, in each process."
-    )
+    batch_size: Positive = Field(64, description="Images per forward pass, in each process.")
     accumulate: Positive = Field(
-        1, description="Number of forward passes whose gradients make one optimizer step."
+        1, description="Forward passes whose gradients make one optimizer step."
     )
     lr: PositiveFloat = Field(5e-3, description="Peak learning rate.")
     warmup_steps: Steps = Field(
-        50, description="Number of steps over which the learning rate rises linearly from 0."
+        50, description="Steps over which the learning rate rises linearly from 0."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear",
-        description="Learning rate after the warm-up: `constant`, or a `linear` or `cosine` decay "
-        "to 0 at the end. With a budget, the decay begins at 0 s.",
+        description="Learning rate after the warm-up: constant, or a decay to 0 at the end, which "
+        "with a budget begins at 0 s.",
     )
     optimizer: Literal["adam", "adamw", "adamax", "muon"] = Field(
         "muon",
-        description="The optimizer. `muon` uses Muon for the weights of the conditioners that are "
-        "matrices, and AdamW for the rest. A planar flow has only the rest.",
+        description="The optimizer. `muon` uses Muon for matrices of the conditioners, and AdamW "
+        "for the rest.",
     )
     weight_decay: NonNegativeFloat = Field(
         0.0,
-        description="Weight decay. It acts only on the weights of the conditioners' convolutions "
-        "and linear layers.",
+        description="Weight decay, for convolutions and linear layers of the conditioners alone.",
     )
     clip_norm: NonNegativeFloat = Field(
         50.0,
-        description="Largest norm of the gradient. 0 does not clip. The default acts only on "
-        "outliers.",
+        description="Largest norm of the gradient; 0 does not clip. The default acts on outliers "
+        "alone.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of the conditioners. The rest of the flow is float32."
     )
     memory: Literal["store", "checkpoint", "reversible"] = Field(
         "store",
-        description="Memory for the backward pass: `store` keeps all activations, `checkpoint` "
-        "keeps the inputs of the layers, and `reversible` keeps only the output, from which the "
-        "inverse recomputes them.",
+        description="Memory for the backward pass: `store` keeps all activations, `checkpoint` the "
+        "inputs of layers, and `reversible` the output, from which inverses recompute the rest.",
     )
     compile: Annotated[Literal["off", "layers", "step"], BeforeValidator(_off)] = Field(
         "off",
         description="Use of `torch.compile`: off, for the layers with a network (those of one "
         "shape share the code), or for the whole forward and backward pass of a step. The first "
-        "batch is compared with the computation without it.",
+        "batch is compared with eager code.",
     )
     cuda_graph: bool = Field(
         False,
         description="Record the forward and backward pass of the first step as a CUDA graph, and "
-        "replay it in the others. It needs a CUDA device; without one, `--dry-run` times no step. "
-        "The first batch is compared with the computation without it.",
+        "replay it in the others. Without a CUDA device, `--dry-run` times no step. The first "
+        "batch is compared with eager code.",
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the averaged weights. 0 keeps no average."
     )
     max_non_finite: Steps = Field(
-        5,
-        description="Number of non-finite steps that a run survives. One more stops it with exit "
-        "code 1.",
+        5, description="Non-finite steps that a run survives. One more ends it with exit code 1."
     )
     log_every: Period = Field(50, description="Steps between lines of metrics.")
     validate_every: Period = Field(
@@ -324,7 +306,7 @@ class Train(Section):
     )
     checkpoint_every: Period = Field(500, description="Steps between checkpoints.")
     keep_checkpoints: Steps = Field(
-        1, description="Number of numbered checkpoints to keep, besides last and best."
+        1, description="Numbered checkpoints to keep, besides last and best."
     )
     sample_every: Period = Field(500, description="Steps between sample grids.")
     logger: Loggers = Field(
@@ -332,7 +314,7 @@ class Train(Section):
         description="Loggers for charts and pictures besides `metrics.jsonl`, or none (`[]`). "
         "`tensorboard` writes to the run directory (`tensorboard --logdir runs`), and `wandb` "
         "(the extra `wandb`) to `RUN/wandb` (`wandb sync RUN/wandb/offline-run-*`, or the "
-        "printed address). A resumed run may change it.",
+        "printed address).",
     )
 
     @model_validator(mode="before")

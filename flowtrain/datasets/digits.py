@@ -11,7 +11,7 @@ from flowtrain.datasets.base import Images, Part, digests, first_equal, part_of
 
 
 def build(root: Path, split: Part, *, seed: int = 0) -> Images:
-    """1x8x8 images with 17 levels. A seeded tenth (180) is the test split. `root` is not used."""
+    """1x8x8 images with 17 levels. A seeded tenth (180) is the test split."""
 
     def all_of(name: str) -> np.ndarray:
         from sklearn.datasets import load_digits

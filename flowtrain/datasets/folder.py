@@ -48,10 +48,9 @@ def build(
     with 256 levels. Of an animation the first frame is taken.
 
     Args:
-        path: The folder. Its subfolder `test/` is the test split, and `train/` the training split,
-            or all the rest if there is no `train/`. Without `test/`, a seeded tenth is the test
-            split: a tenth of `train/` and nothing else if it exists, or else of all images. Names
-            that begin with a dot are ignored, links are followed.
+        path: The folder. `test/` in it is the test split, and `train/`, or else all the rest, the
+            training split. Without `test/`, a seeded tenth of the training split is the test split.
+            Names that begin with a dot are ignored; links are followed.
         size: Side of the square images in pixels.
         channels: 3 for RGB, 1 for grey.
         resize: How an image is brought to that size: `crop` takes the largest centred square,

@@ -57,7 +57,7 @@ def build(
         size: Side of the square images in pixels.
         channels: 3 for RGB, 1 for grey.
         resize: How an image is brought to that size: `crop` takes the largest centred square,
-            `stretch` the whole image, and `exact` refuses other sizes.
+            `stretch` the whole image, and `exact` refuses images of another size.
 
     The first `read` downloads, and decodes the images into the cache. Images that cannot be decoded
     are left out, with a warning. Raises `UserError` if the data cannot be loaded.

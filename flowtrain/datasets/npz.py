@@ -32,9 +32,9 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
     """uint8 images with 256 levels from x_train and x_test, with classes from y_train and y_test.
 
     Args:
-        path: The .npz file, or a folder with x_train.npy and the like, or one .npy file, which is
-            x_train. In a folder, x_train-0.npy, x_train-1.npy and so on are parts of one array.
-            Without x_test, a seeded tenth of x_train is the test split.
+        path: The .npz file, or a folder with x_train.npy or its parts x_train-0.npy, x_train-1.npy,
+            ... and the like, or one .npy file, which is x_train. Without x_test, a seeded tenth of
+            x_train is the test split.
         layout: Order of the axes. (N, H, W) is grey in either layout. C is 1 or 3.
 
     Only headers are read here. Uncompressed arrays of `MAPPED` bytes or more are memory-mapped.

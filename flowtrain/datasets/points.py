@@ -40,11 +40,11 @@ def _noisy(generate: Noisy, default: float) -> Callable[..., Images]:
         test_count: Count = 10_000,
         noise: NonNegativeFloat = default,
     ) -> Images:
-        """Points of the plane. `root` is not used.
+        """Points of the plane.
 
         Args:
-            count: Number of points to train on, of which `data.validation` are held out.
-            test_count: Number of points in the test split.
+            count: Points to train on, of which `data.validation` are held out.
+            test_count: Points in the test split.
             noise: Standard deviation of the noise on each point.
         """
         return real_valued(split, seed, count, test_count, lambda r, n: generate(r, n, noise))
@@ -99,12 +99,12 @@ def _pinwheel(
 ) -> Images:
     """A pinwheel (Johnson et al. 2016), whose Gaussian arms turn more the farther out they are.
 
-    Points of the plane. `root` is not used.
+    Points of the plane.
 
     Args:
-        count: Number of points to train on, of which `data.validation` are held out.
-        test_count: Number of points in the test split.
-        arms: Number of arms.
+        count: Points to train on, of which `data.validation` are held out.
+        test_count: Points in the test split.
+        arms: Arms of the pinwheel.
     """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
@@ -124,11 +124,11 @@ def _checkerboard(
 ) -> Images:
     """A checkerboard: uniform on every other square of side 1 in [-2, 2] x [-2, 2].
 
-    Points of the plane. `root` is not used.
+    Points of the plane.
 
     Args:
-        count: Number of points to train on, of which `data.validation` are held out.
-        test_count: Number of points in the test split.
+        count: Points to train on, of which `data.validation` are held out.
+        test_count: Points in the test split.
     """
 
     def generate(random: np.random.RandomState, n: int) -> np.ndarray:
@@ -153,12 +153,12 @@ def _torus(
 
     In a component, the angles are independent, with the density `exp(kappa cos(angle - mean)) /
     (2 pi I0(kappa))` each. The means are `torus_means(seed, components)`, and kappa is
-    `concentration`. `root` is not used.
+    `concentration`.
 
     Args:
-        count: Number of points to train on, of which `data.validation` are held out.
-        test_count: Number of points in the test split.
-        components: Number of components, all of equal weight.
+        count: Points to train on, of which `data.validation` are held out.
+        test_count: Points in the test split.
+        components: Components of the mixture, all of equal weight.
         concentration: Concentration of each angle in a component, kappa.
     """
 

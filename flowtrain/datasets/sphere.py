@@ -21,16 +21,16 @@ def build(
     components: Positive = 6,
     concentration: PositiveFloat = 20,
 ) -> Images:
-    """Unit vectors in three dimensions. `root` is not used.
+    """Unit vectors in three dimensions.
 
     The density of a component is `kappa / (4 pi sinh kappa) exp(kappa <mean, x>)` with respect to
     the area. Its mean is one of `means(seed, components)`, and kappa is `concentration`. A large
     kappa gives a spread of `1 / sqrt(kappa)` radians in each direction.
 
     Args:
-        count: Number of points to train on, of which `data.validation` are held out.
-        test_count: Number of points in the test split.
-        components: Number of components, all of equal weight.
+        count: Points to train on, of which `data.validation` are held out.
+        test_count: Points in the test split.
+        components: Components of the mixture, all of equal weight.
         concentration: Concentration of each component, kappa.
     """
 

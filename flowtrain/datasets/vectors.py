@@ -26,7 +26,7 @@ NAMED = 5  # columns in a message
 
 
 def build(root: Path, split: Part, *, seed: int = 0, path: Path) -> Images:
-    """Vectors `(D, 1, 1)` of float32, from arrays of real numbers `(N, D)`. `root` is not used.
+    """Vectors `(D, 1, 1)` of float32, from arrays of real numbers `(N, D)`.
 
     Missing values and constant columns are refused by name.
 

@@ -49,36 +49,34 @@ def build(
     uniform: Annotated[float, Field(ge=2.0**-12, lt=1)] = 2.0**-10,
     orders: Literal[1, 2, 4, 8] = 1,
 ) -> Bijection:
-    """Causal flow for images of `shape` (C, H, W) with `num_bins` levels.
+    """Causal flow for images with `num_bins` levels.
 
     The networks see the class, if there are `classes`, or an image of the shape `context`. So the
     likelihood given these is exact, too.
 
     Args:
         width: Channels of the convolutions.
-        blocks: Number of residual blocks. Each sees one more row of tokens above, and one more
-            token to each side.
+        blocks: Residual blocks. Each sees one more token above and to each side.
         token: Side of the square patches that the convolutions see as one place, in pixels. Any
             image size will do.
-        components: Number of logistics in the mixture of each entry.
-        units: Number of hidden units for each entry of a token, in each of two layers.
-        window: How many rows of tokens above, and tokens to each side, the linear prediction and
-            the first convolution see.
-        attention: Number of blocks of causal self-attention over all tokens, at equal distances
+        components: Logistics in the mixture of each entry.
+        units: Hidden units for each entry of a token, in each of two layers.
+        window: Tokens above and to each side that the linear prediction and the first convolution
+            see.
+        attention: Blocks of causal self-attention over all tokens, at equal distances
             between the residual blocks.
-        pixels: Whether all blocks see the pixels of earlier tokens beside their features:
-            convolutions see their window, and attention all tokens, by relative positions and with
-            a learned temperature for each head.
-        downsample: Number of residual blocks over cells of 2x2 tokens, for what is farther away.
+        pixels: Whether all blocks also see the pixels of earlier tokens: convolutions in their
+            window, and attention everywhere, by relative positions and with a learned temperature
+            for each head.
+        downsample: Residual blocks over cells of 2x2 tokens, for distant context.
             The cells of the rows above join the tokens after half of the residual blocks.
-        dropout: Probability with which entries of a residual block are dropped in training. It
-            serves small sets and long runs.
-        uniform: Weight of a uniform distribution in each mixture. A smaller one leaves more to the
-            mixture, and less room for the rounding of float32 between `encode` and `decode`.
-        orders: Number of orders in which the model learns to read an image, by turned copies of it,
-            each with a vector of its own (Jun et al. 2020, "distribution augmentation"). They are
-            raster order, then mirrored; 4 are also upside down, and 8 transposed. The model itself
-            has raster order, and its mixture (`--mirror`) has all.
+        dropout: Probability with which entries of a residual block are dropped in training, for
+            small sets and long runs.
+        uniform: Weight of a uniform distribution in each mixture. A smaller one leaves less room
+            for the rounding of float32 between `encode` and `decode`.
+        orders: Scanning orders to learn, as turned copies of an image, each with a vector
+            of its own (Jun et al. 2020, "distribution augmentation"): raster order, then mirrored;
+            4 are also upside down, and 8 transposed. `--mirror` is the mixture of all.
 
     Raises:
         UserError: if the data are real values, if there are too few tokens to downsample, if the

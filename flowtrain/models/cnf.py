@@ -38,23 +38,19 @@ def build(
     trace: Trace = "auto",
     adjoint: bool = False,
 ) -> Bijection:
-    """Continuous flow for data of `shape` (C, H, W). It needs the extra `cnf`. The
-    defaults are the paper's for 2-D data.
+    """Continuous flow. It needs the extra `cnf`. The defaults are the paper's for 2-D data.
 
     Args:
-        blocks: Number of differential equations, one after the other.
-        width: Number of units per hidden layer of the velocity's network.
-        hidden_layers: Number of hidden layers of that network.
-        solver: Runge-Kutta method: dopri5 is of order 5, dopri8 of order 8, for tolerances near
-            the rounding error of the numbers.
-        rtol: Relative tolerance of a solver step in training. Outside training it is 100 times
-            tighter.
-        atol: Absolute tolerance of a solver step in training. Outside training it is 100 times
-            tighter.
+        blocks: Differential equations, one after the other.
+        width: Units per hidden layer of the velocity's network.
+        hidden_layers: Hidden layers of that network.
+        solver: Runge-Kutta method, of order 5 or 8. dopri8 is for tolerances near rounding.
+        rtol: Relative tolerance of a solver step in training; 100 times tighter elsewhere.
+        atol: Absolute tolerance of a solver step in training; 100 times tighter elsewhere.
         trace: Trace of the Jacobian in training: exact, hutchinson (an estimate), or auto, which is
             exact up to 16 dimensions. Reported likelihoods always use the exact trace.
-        adjoint: Compute gradients by the adjoint equation. This takes more time, but memory does
-            not grow with the number of solver steps.
+        adjoint: Compute gradients by the adjoint equation: slower, but memory does not grow with
+            the number of solver steps.
 
     Raises:
         UserError: if torchdiffeq is not installed.

@@ -62,38 +62,37 @@ def build(
     top_prior: Literal["channel", "entry"] = "channel",
     padding: Literal["zeros", "ones"] = "zeros",
 ) -> Bijection:
-    """Glow for images of `shape` (C, H, W). Each level is a squeeze, steps of flow, and a split.
+    """Glow for images. Each level is a squeeze, steps of flow, and a split.
 
     All networks, also of the split priors, see a context of the shape `context` beside their
     input.
 
     Args:
         levels: Number of levels, L. Each halves the sides, so both must be multiples of 2**L.
-        steps: Number of steps of flow (ActNorm, permutation, coupling) per level, K; or a list with
-            one number per level, finest first.
-        width: Channels of the conditioners' hidden layers; or a list with one number per level,
-            finest first. Coarser levels cost less.
+        steps: Steps of flow (ActNorm, permutation, coupling) per level, K; or a list,
+            finest level first.
+        width: Channels of the conditioners' hidden layers; or a list, finest level first. Coarser
+            levels cost less.
         coupling: Transform of the couplings: affine, additive (volume preserving), spline
             (rational-quadratic, Durkan et al. 2019), mixture (of logistics, Ho et al. 2019), or
-            affine with other scales: exp, which is not bounded, sigmoid (2 sigmoid(h)), and tanh
+            affine with other scales: exp (not bounded), sigmoid (2 sigmoid(h)), and tanh
             (exp(a tanh(h)) with a learned a for each channel).
-        bins: Number of bins per spline.
-        components: Number of logistics per mixture.
-        split: How a coupling splits its input: by channel, by a checkerboard whose colours
-            alternate, or mixed, which takes turns. A single pixel, without a second colour, is
-            split by channel.
+        bins: Bins per spline.
+        components: Logistics per mixture.
+        split: How a coupling splits its input: by channel, by a checkerboard of alternating
+            colours, or by both in turn (mixed). A single pixel is split by channel.
         conditioner: Network of the couplings: glow (convolutions 3x3, 1x1, 3x3), preactivated (the
             same behind a 1x1 convolution and ReLU), or gated (residual blocks with gates).
-        blocks: Number of residual blocks in a gated conditioner.
+        blocks: Residual blocks in a gated conditioner.
         permutation: Mixing of the channels before each coupling: a 1x1 convolution (conv1x1_lu by
             its LU factors, or conv1x1), a random shuffle, or a reversal.
-        initialization: How the 1x1 convolutions start: as random rotations, or as the PCA whitening
-            of the first batch.
-        prior: Transform that takes the half that leaves at a split to the standard normal, given
-            the other half. The names are as in `coupling`.
-        top_prior: Whether the coarsest latents have a mean and a scale for each channel, as in the
-            paper, or for each entry.
-        padding: Padding of the last convolution of a network: zeros or ones.
+        initialization: Start of the 1x1 convolutions: random rotations, or the PCA whitening of the
+            first batch.
+        prior: Transform of the half that leaves at a split to the standard normal, given the other
+            half, by the names of `coupling`.
+        top_prior: Mean and scale of the coarsest latents: for each channel, as in the paper, or for
+            each entry.
+        padding: Padding of the last convolution of a network.
 
     Raises:
         UserError: if the image cannot be squeezed `levels` times, or a list has not `levels`

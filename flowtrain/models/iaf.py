@@ -23,14 +23,14 @@ def build(
     order: maf.Order = "reverse",
     transform: Elementwise = "affine",
 ) -> Bijection:
-    """IAF for data of `shape` (C, H, W). The entries are in the order in which they are stored.
+    """IAF for data. The entries are in the order in which they are stored.
 
     Args:
-        layers: Number of autoregressive layers.
-        width: Number of units per hidden layer.
-        hidden_layers: Number of hidden layers per conditioner.
+        layers: Autoregressive layers.
+        width: Units per hidden layer.
+        hidden_layers: Hidden layers per conditioner.
         order: How the next layer reorders the entries. `random` is a random permutation.
-        transform: Transform of an entry, given earlier entries of the latent: affine, spline,
-            mixture, exp or sigmoid, as in MAF.
+        transform: Transform of an entry, given earlier entries of the latent, by the names of
+            Glow's `coupling`.
     """
     return maf.chain(shape, layers, width, hidden_layers, order, transform, Inverse)

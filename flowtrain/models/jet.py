@@ -59,21 +59,20 @@ def build(
     mixing: Literal["whitening", "permutation"] = "whitening",
     bounded: bool = True,
 ) -> Bijection:
-    """Jet for images of `shape` (C, H, W). With `classes`, the networks see the class.
+    """Jet for images. With `classes`, the networks see the class.
 
     Args:
         patch: Side of the square patches of an image, in pixels. It must divide both sides, and
             the number of patches must be even.
-        width: Number of channels in the transformers. A head of attention has 64 of them, or
+        width: Channels in the transformers. A head of attention has 64 of them, or
             more where 64 does not divide their number, or all if there are fewer.
-        couplings: Number of couplings. Every fifth one keeps half of the patches, and the others
-            keep half of the entries of each patch.
-        layers: Number of layers in the transformer of each coupling.
-        mixing: Layer before each coupling of entries: whitening (an ActNorm and a 1x1 convolution,
-            which mixes the entries of a patch and starts as the PCA whitening of the first batch)
-            or a random permutation, as in the paper.
-        bounded: Whether the log-scales of a coupling are bounded to +-2, by tanh. The paper's
-            scales are at most 2 and may be as small as they like.
+        couplings: Number of couplings, of which every fifth keeps half of the patches, and the
+            others half of the entries of each patch.
+        layers: Layers in the transformer of each coupling.
+        mixing: Layer before each coupling of entries: whitening (an ActNorm and a 1x1 convolution
+            over the entries of a patch, at first the PCA whitening of the first batch), or a random
+            permutation, as in the paper.
+        bounded: Whether log-scales are bounded to +-2, by tanh. The paper's scales are in (0, 2).
 
     Raises:
         UserError: if the patches do not fill the image, or if their number is odd.

@@ -45,16 +45,15 @@ def build(
     order: Order = "reverse",
     transform: Elementwise = "affine",
 ) -> Bijection:
-    """MAF for data of `shape` (C, H, W). The entries are in the order in which they are stored.
+    """MAF for data. The entries are in the order in which they are stored.
 
     Args:
-        layers: Number of autoregressive layers. The paper has 5 and 10.
-        width: Number of units per hidden layer.
-        hidden_layers: Number of hidden layers per conditioner.
+        layers: Autoregressive layers. The paper has 5 and 10.
+        width: Units per hidden layer.
+        hidden_layers: Hidden layers per conditioner.
         order: How the next layer reorders the entries. `random` is a random permutation.
-        transform: Transform of an entry, given those before it: affine, spline
-            (rational-quadratic, Durkan et al. 2019), mixture (of logistics, Ho et al. 2019), or
-            affine with other scales: exp, as in the paper, and sigmoid (2 sigmoid(h)).
+        transform: Transform of an entry, given those before it, by the names of Glow's `coupling`.
+            The paper has exp.
     """
     return chain(shape, layers, width, hidden_layers, order, transform, lambda layer: layer)
 

@@ -40,12 +40,12 @@ def build(
     hidden_layers: Positive = 5,
     prior: Literal["logistic", "gaussian"] = "logistic",
 ) -> Bijection:
-    """NICE for images of `shape` (C, H, W). The defaults are the paper's for MNIST (section 5.1).
+    """NICE for images. The defaults are the paper's for MNIST (section 5.1).
 
     Args:
-        couplings: Number of couplings. They keep the even and the odd entries by turns.
-        width: Number of units per hidden layer.
-        hidden_layers: Number of hidden layers per conditioner.
+        couplings: Number of couplings, which keep the even and the odd entries by turns.
+        width: Units per hidden layer.
+        hidden_layers: Hidden layers per conditioner.
         prior: Prior of the latent. The paper takes the Gaussian for TFD and the logistic elsewhere.
     """
     dims = math.prod(shape)

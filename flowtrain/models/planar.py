@@ -18,11 +18,11 @@ from flowtrain.types import Positive, Shape
 
 
 def build(shape: Shape, *, layers: Positive = 32) -> Bijection:
-    """Planar flow for data of `shape` (C, H, W).
+    """Planar flow for vectors and flattened images.
 
     Args:
-        layers: Number of layers, K. Each bends space along one direction. The paper has up to 32 in
-            two dimensions, and up to 80 elsewhere.
+        layers: Number of layers, K, each of which bends space along one direction. The paper has up
+            to 32 in two dimensions, and up to 80 elsewhere.
     """
     dims = math.prod(shape)
     return Sequential(Flatten(shape), ActNorm((dims,)), *(Planar(dims) for _ in range(layers)))

@@ -48,21 +48,19 @@ def build(
     blocks: Annotated[int, Field(ge=0, le=2**20)] = 8,
     transform: Elementwise = "affine",
 ) -> Bijection:
-    """RealNVP for images of `shape` (C, H, W), the multiscale architecture of section 3.6.
+    """RealNVP for images, the multiscale architecture of section 3.6.
 
     Each level but the last is three checkerboard couplings, a squeeze, and three channel couplings,
     after which half of the channels leave. The last level is four checkerboard couplings. All
     networks see a context of the shape `context` beside their input.
 
     Args:
-        levels: Number of scales. The image is squeezed `levels - 1` times (the paper: "downscale
+        levels: Scales. The image is squeezed `levels - 1` times (the paper: "downscale
             only once" for CIFAR-10 is 2). For vectors: four couplings each.
-        width: Number of feature maps in the conditioners at the first scale, doubled after each
-            squeeze. For vectors: number of hidden units.
-        blocks: Number of residual blocks per conditioner. For vectors: number of hidden layers.
-        transform: Transform of an entry: affine, spline (rational-quadratic, Durkan et al. 2019),
-            mixture (of logistics, Ho et al. 2019), or affine with other scales: exp and sigmoid
-            (2 sigmoid(h)).
+        width: Feature maps in the conditioners at the first scale, doubled after each squeeze; for
+            vectors, hidden units.
+        blocks: Residual blocks per conditioner; for vectors, hidden layers.
+        transform: Transform of an entry, by the names of Glow's `coupling`.
 
     Raises:
         UserError: if the image cannot be squeezed `levels - 1` times.

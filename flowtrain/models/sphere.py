@@ -62,11 +62,11 @@ def build(
     """Recursive flow for points of the unit sphere, `shape` (3, 1, 1).
 
     Args:
-        layers: Number of layers. Each is two couplings: a spline on the circle of longitudes given
-            the latitude, and a spline on the latitude given the longitude.
-        width: Number of units per hidden layer.
-        hidden_layers: Number of hidden layers per conditioner.
-        bins: Number of bins per spline.
+        layers: Number of layers of two couplings: a spline on the circle of longitudes given the
+            latitude, and a spline on the latitude given the longitude.
+        width: Units per hidden layer.
+        hidden_layers: Hidden layers per conditioner.
+        bins: Bins per spline.
 
     Raises:
         UserError: for any other shape.

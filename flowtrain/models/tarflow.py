@@ -45,20 +45,18 @@ def build(
     mixing: Literal["whitening", "none"] = "whitening",
     bounded: bool = True,
 ) -> Bijection:
-    """TarFlow for images of `shape` (C, H, W). With `classes`, the networks see the class.
+    """TarFlow for images. With `classes`, the networks see the class.
 
     Args:
         patch: Side of the square patches of an image, in pixels. It must divide both sides.
-        width: Number of channels in the transformers. A head of attention has 64 of them, or
+        width: Channels in the transformers. A head of attention has 64 of them, or
             more where 64 does not divide their number, or all if there are fewer.
-        blocks: Number of autoregressive blocks. They take the patches in raster order and in
-            reversed order in turn.
-        layers: Number of layers in the transformer of each block.
-        mixing: Layer before each block: whitening (an ActNorm and a 1x1 convolution, which mixes
-            the entries of a patch and starts as the PCA whitening of the first batch) or none, as
-            in the paper.
-        bounded: Whether the log-scales of a block are bounded to +-2, by tanh. The paper's are not
-            bounded.
+        blocks: Autoregressive blocks, in raster order and reversed order by turns.
+        layers: Layers in the transformer of each block.
+        mixing: Layer before each block: whitening (an ActNorm and a 1x1 convolution over the
+            entries of a patch, at first the PCA whitening of the first batch), or none, as in the
+            paper.
+        bounded: Whether log-scales are bounded to +-2, by tanh. The paper's are not.
 
     Raises:
         UserError: if the patches do not fill the image, or if there are fewer than two.

@@ -39,11 +39,11 @@ def build(
     """Flow for points of a torus, `shape` (C, 1, 1): two angles or more.
 
     Args:
-        layers: Number of layers. Each is two couplings by splines on the circle, which keep the
-            first and the second half of the angles.
-        width: Number of units per hidden layer.
-        hidden_layers: Number of hidden layers per conditioner.
-        bins: Number of bins per spline.
+        layers: Number of layers of two couplings by splines on the circle, which keep the first and
+            the second half of the angles.
+        width: Units per hidden layer.
+        hidden_layers: Hidden layers per conditioner.
+        bins: Bins per spline.
 
     Raises:
         UserError: for any other shape.
