@@ -80,11 +80,12 @@ def tiny_flow(
     alpha=0.05,
     seed=0,
     scale=0.2,
+    noise=None,
     **options,
 ):
     """A tiny flow for images of q levels: parameters moved, then initialized on random images."""
     named = {"name": model, **TINY[model], **options}
-    noise = {"transform": transform, "alpha": alpha}
+    noise = {"transform": transform, "alpha": alpha, **(noise or {})}
     config = a_config(named, dequantization=noise, data={"flip": False}, seed=seed)
     flow = perturb(build_flow(config, shape, q), scale, seed)
     x = images(64, shape, q, seed)

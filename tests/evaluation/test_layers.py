@@ -3,18 +3,16 @@
 import math
 
 import torch
-from helpers import a_config, images, perturb, ready, seeded
+from helpers import images, seeded, tiny_flow
 from torch import nn
 
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.evaluation.layers import first_non_finite, log_scale_ranges
 from flowtrain.flow.dequantize import draw_noise
 
 
 def variational_flow(model="glow", shape=(1, 4, 4)):
-    dequantization = {"name": "variational", "steps": 4, "width": 6}
-    flow = build_flow(a_config(model, dequantization=dequantization), shape, 256)
-    return ready(perturb(flow, 0.05))
+    noise = {"name": "variational", "steps": 4, "width": 6}
+    return tiny_flow(model, shape, scale=0.05, noise=noise)
 
 
 def test_layers_are_named_those_of_the_noise_too():

@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import a_config, images, perturb, seeded, tiny_flow
+from helpers import images, perturb, seeded, tiny_flow
 
 from flowtrain.bijections import AffineTransform, Coupling
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.evaluation.places import forward_by_place
 from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
 from flowtrain.nets.convolution import GlowNet
 from flowtrain.tools.explore.accounts import account
 from flowtrain.tools.explore.worker import Superseded
@@ -62,11 +60,8 @@ def test_the_parts_add_up(name):
     "named", [{"name": "variational", "steps": 2, "width": 4}, {"name": "gaussian", "sigma": 0.1}]
 )
 def test_other_noise(named):
-    flow = perturb(build_flow(a_config("glow", dequantization=named), (1, 4, 4), 256))
-    x = images(64, (1, 4, 4))
-    noise = draw_noise(x.shape, seeded(), x.device)
-    initialize(flow, x, noise)
-    found = account(flow, x[:1], noise[:1])
+    flow, x = tiny_flow(noise=named), images(1, (1, 4, 4))
+    found = account(flow, x, draw_noise(x.shape, seeded(), x.device))
     assert (found.noise != 0) == (named["name"] == "variational")
     whole = sum(each.mean().item() for each in found.places.values()) + found.noise
     assert whole == pytest.approx(found.total, rel=1e-5)
