@@ -4,17 +4,15 @@ import csv
 import dataclasses
 import io
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from catalogue import TINY
+from coding_helpers import loaded
 from helpers import a_config, images, npz, perturb, tiny_flow
 
 from flowtrain.bijections import Bijection
-from flowtrain.checkpoints.format import Checkpoint
-from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.data.named import undivided
 from flowtrain.data.splits import DataSet, Split, fingerprint_of, sampled
 from flowtrain.errors import UserError
@@ -27,17 +25,11 @@ def flow():
     return tiny_flow("glow").eval().requires_grad_(False)
 
 
-def loaded(flow, config, **meta):
-    """As of step 12."""
-    meta |= {"step": 12, "config": config.resolved()}
-    return LoadedModel(flow, config, "raw", Checkpoint(Path("model"), meta, {}))
-
-
 def evaluated(tmp_path, flow, split="test", shape=(4, 4, 1), validation=4, **options):
     """Of 20 images for training and 30 for the test."""
     section = npz(tmp_path / "a.npz", 20, 30, shape=shape, validation=validation)
     config = a_config("glow", data=section)
-    return evaluate(loaded(flow, config), DataSet(config.data), split, **options)
+    return evaluate(loaded(flow, config, step=12), DataSet(config.data), split, **options)
 
 
 @pytest.mark.parametrize(
