@@ -127,6 +127,18 @@ def test_steps_and_budget_clear_each_other():
         ("train.lr=.nan", r"train\.lr: .*finite"),
         ("train.logger=[wandb,wandb]", r"train\.logger: one of them is named twice"),
         ("model.width=x", r"model\.width: .*integer.*; or .*list"),
+        # out of range
+        ("model.width=[8,-1]", r"model\.width: "),
+        ("model.bins=300", "less than or equal to 256"),
+        ("model.context=blue", "'none', 'downsample' or 'grey'"),
+        ("model.context_factor=3", "2 or 4"),
+        ("model.label_dropout=1", "less than 1"),
+        ("dequantization.sigma=0", "greater than 0"),
+        ("dequantization.sigma=1.5", "less than or equal to 1"),
+        ("train.ema=-.inf", r"train\.ema: .*finite"),
+        ("train.budget=nan", "a duration"),
+        ("train.budget=1e400h", "finite"),
+        ("train.logger=3", "a valid list"),
         # a boolean is no number
         ("train.batch_size=yes", r"train.batch_size: expected a number, not a boolean, got "),
         ("train.budget=true", r"train.budget: expected a number, not a boolean, got "),

@@ -6,7 +6,6 @@ command that is there.
 """
 
 import os
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -24,7 +23,6 @@ from flowtrain.checkpoints.load import load_model
 from flowtrain.cli import base
 from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
-from flowtrain.errors import UserError
 from flowtrain.latents import files
 from flowtrain.tools.sweep.plan import begin, planned
 
@@ -107,7 +105,6 @@ TABLE = [
     ("train digits --budget soon", "--budget: train.budget: expected a duration"),
     ("train --lr 1", "No such option: --lr", "train.lr=VALUE"),
     ("train train.learning_rate=1", "did you mean train.lr?"),
-    ("train train.budget=1e400h", "train.budget", "finite"),
     ("train data.root=~nobody_of_this_name/x", "data.root", "~nobody_of_this_name"),
     ("train TINY --run-dir text", "--run-dir text: cannot be used: it is a file; give the name"),
     ("train TINY data.name=npz", "data.path: missing; add data.path=VALUE"),
@@ -340,24 +337,3 @@ def test_a_name_that_is_no_text(tmp_path):
     copy_of(trained()["glow"], tmp_path / name)
     done = quick("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()
     assert "bad\\udcff" in done.out
-
-
-@pytest.mark.parametrize(
-    "setting, said",
-    [
-        ("model.width=[8,-1]", "model.width"),
-        ("model.bins=300", "less than or equal to 256"),
-        ("model.context=blue", "'none', 'downsample' or 'grey'"),
-        ("model.context_factor=3", "2 or 4"),
-        ("model.label_dropout=1", "less than 1"),
-        ("dequantization.sigma=0", "greater than 0"),
-        ("dequantization.sigma=1.5", "less than or equal to 1"),
-        ("train.ema=-.inf", "finite"),
-        ("train.budget=nan", "a duration"),
-        ("train.budget=1e400h", "finite"),
-        ("train.logger=3", "a valid list"),
-    ],
-)
-def test_a_setting_out_of_its_range(setting, said):
-    with pytest.raises(UserError, match=re.escape(said)):
-        load_config(find_config("glow_digits"), [setting])
