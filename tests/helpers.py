@@ -1,5 +1,7 @@
 """Tiny flows with every parameter moved off its start, and tiny files of data."""
 
+import contextlib
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,17 @@ def ready(module):
         if isinstance(layer, DataDependentInit):
             layer.initialized.fill_(True)
     return module
+
+
+@contextlib.contextmanager
+def memory_below(most):
+    """At its peak, in bytes that Python allocates."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
 
 
 def images(count, shape, levels=256, seed=0):
