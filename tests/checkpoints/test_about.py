@@ -13,11 +13,6 @@ from flowtrain.checkpoints.load import load_model, model_hash
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def run(tmp_path):
-    return copy_of(trained()["glow"], tmp_path / "run")
-
-
 def evaluated(run, **changes):
     text = json.dumps({**TEST, "model": model_hash(load_model(str(run), CPU)), **changes})
     (run / "evaluate-test.json").write_text(text)

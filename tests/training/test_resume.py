@@ -13,7 +13,7 @@ import cli_helpers
 import pytest
 import torch
 from catalogue import CAUSAL, JET, SMALL, TARFLOW, TINY_RUN, WORDS
-from cli_helpers import events, last, left_overs, metrics, put_back, quick, summary, trained
+from cli_helpers import events, last, left_overs, metrics, put_back, quick, summary
 from helpers import a_config, npz, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
@@ -222,11 +222,6 @@ def test_kill_9_at_any_moment(uninterrupted, tmp_path):
     names = [path.name for path in sorted((run / "checkpoints").glob("step*"))]
     assert names == [f"step-{step:08d}.safetensors" for step in (STEPS - 1, STEPS)]
     cli_helpers.assert_same_run(run, uninterrupted)
-
-
-@pytest.fixture
-def run(tmp_path):
-    return cli_helpers.copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
 
 
 def refused(run, words, message, how="auto", directory=None):

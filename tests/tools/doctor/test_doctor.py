@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from catalogue import TINY
-from cli_helpers import copy_of, quick, trained
+from cli_helpers import quick
 from coding_helpers import loaded
 from helpers import REPOSITORY, a_config, images, npz, perturb, seeded
 from torch import nn
@@ -512,11 +512,6 @@ def test_memory_that_runs_out_and_other_data_are_no_findings(tmp_path, monkeypat
         examine(model, other)
 
 
-@pytest.fixture
-def run(tmp_path):
-    return copy_of(trained()["glow"], tmp_path / "runs" / "glow")
-
-
 def test_the_command(run, tmp_path):
     done = quick("doctor", "--num-images", 5, "--seed", 1, "--weights", "raw", cwd=tmp_path)
     done.failed(
@@ -524,12 +519,12 @@ def test_the_command(run, tmp_path):
     )  # worse than a uniform coder after 20 steps
     values = json.loads((run / "doctor.json").read_text())
     findings = values["findings"]
-    assert "wrote runs/glow/doctor.json" in done.out
+    assert "wrote runs/glow_digits/doctor.json" in done.out
     last = f"verdict: bad ({values['counts']['ok']} ok"
     assert done.out.splitlines()[-1].startswith(last)
     assert values["verdict"] == "bad" and sum(values["counts"].values()) == len(findings)
     about = ("step", "dataset", "num_images", "seed", "weights", "checkpoint")
-    expected = [20, "digits", 5, 1, "raw", "runs/glow/checkpoints/best.safetensors"]
+    expected = [20, "digits", 5, 1, "raw", "runs/glow_digits/checkpoints/best.safetensors"]
     assert [values[key] for key in about] == expected
     model = load_model(str(run), torch.device("cpu"), "raw")
     found = examined(model, DataSet(model.config.data), num_images=5, seed=1)
