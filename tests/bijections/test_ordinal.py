@@ -250,16 +250,3 @@ def test_the_linear_prediction_is_that_of_least_squares(monkeypatch):
     prediction = LinearPrediction(4, (3, 3), Window(3, 3, ahead=0))
     with pytest.raises(UserError, match="model.window: a linear prediction from 100 values needs"):
         prediction.fit(torch.zeros(2, 4, 3, 3))
-
-
-@pytest.mark.parametrize(
-    "levels, dequantization, message",
-    [
-        (None, {}, "model.name: causal is a model of the levels of images"),
-        (256, {"name": "variational"}, "dequantization.name: variational, but the likelihood of"),
-        (256, {"transform": "logit"}, "dequantization.transform: logit, but causal reads the"),
-    ],
-)
-def test_it_refuses(levels, dequantization, message):
-    with pytest.raises(UserError, match=message):
-        build_flow(a_config("causal", dequantization=dequantization), (1, 4, 4), levels)

@@ -14,7 +14,6 @@ from flowtrain.bijections.context import Guided
 from flowtrain.bijections.inverses import Iterating
 from flowtrain.data.batches import Batches
 from flowtrain.data.splits import DataSet, Split
-from flowtrain.errors import UserError
 from flowtrain.evaluation.score import score
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.dequantize import draw_noise
@@ -132,15 +131,6 @@ def test_guided_samples_are_by_the_extrapolated_parameters(model):
     assert torch.equal(flow.sample(6, 1, seeded(), labels, 1.5), x)
     plain = flow.decode(z, labels)
     assert torch.equal(flow.decode(z, labels, guidance=0.0), plain) and not torch.equal(x, plain)
-
-
-@pytest.mark.parametrize(
-    "model, classes, words",
-    [("glow", 3, "networks of glow do not see the class"), ("causal", 0, "set model.classes")],
-)
-def test_only_networks_that_see_the_class_have_labels_to_drop(model, classes, words):
-    with pytest.raises(UserError, match=f"model.label_dropout: 0.1, but .*{words}"):
-        conditional(model, classes, label_dropout=0.1)
 
 
 def labelled(path, **options):

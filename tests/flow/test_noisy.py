@@ -3,14 +3,12 @@
 import pytest
 import torch
 from catalogue import TINY
-from helpers import a_config, images, perturb, seeded, tiny_flow
+from helpers import images, perturb, seeded, tiny_flow
 from torch.distributions import MultivariateNormal, Normal
 
 from flowtrain.bijections import Bijection
-from flowtrain.checkpoints.build import build_flow
-from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassContext, ClassPrior
-from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer
+from flowtrain.flow.dequantize import GaussianDequantizer
 from flowtrain.flow.flow import Flow
 from flowtrain.pictures.sample import sample
 from flowtrain.system.random import Stream, generator
@@ -137,18 +135,3 @@ def test_every_model_of_images_can_be_denoised(model):
     slope = (ends[0] - ends[1]) / (2 * step)
     found = (flow.denoised(v) - v)[i].item()
     assert found == pytest.approx(0.1**2 * slope.item(), rel=1e-4, abs=1e-7)
-
-
-@pytest.mark.parametrize(
-    "model, options, shape, levels, message",
-    [
-        ("nice", {"transform": "logit"}, (1, 4, 4), 256, "dequantization.transform: logit, but Ga"),
-        ("causal", {}, (1, 4, 4), 256, "gaussian, but the likelihood of causal does not depend on"),
-        ("nice", {}, (2, 1, 1), None, "real-valued data have no levels"),
-    ],
-)
-def test_options_that_do_not_fit_gaussian_noise(model, options, shape, levels, message):
-    assert type(build_flow(a_config("nice"), (1, 4, 4), 256).dequantizer) is Dequantizer
-    with pytest.raises(UserError, match=message):
-        config = a_config(model, dequantization={"name": "gaussian", **options})
-        build_flow(config, shape, levels)
