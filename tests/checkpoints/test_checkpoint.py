@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from catalogue import TINY
+from dataset_helpers import Evil
 from helpers import a_config, images, perturb, tiny_flow
 
 import flowtrain
@@ -180,24 +181,16 @@ def test_any_change_is_noticed(tmp_path, small):
     refused(small[:end] + exchanged + small[end + 16 :], "do not match its checksum")
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("name", ["model.pt", "last.safetensors"])
 @pytest.mark.parametrize("dump", [pickle.dump, torch.save])
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, name, dump):
-    path, evidence = tmp_path / name, tmp_path / "it ran"
-    with path.open("wb") as file:
-        dump(Malicious(evidence), file)
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch, name, dump):
+    monkeypatch.chdir(tmp_path)
+    with Path(name).open("wb") as file:
+        dump(Evil(), file)
     for trust in (False, True):
         with pytest.raises(UserError, match=name):
-            flowtrain.load(path, trust_code=trust)
-    assert not evidence.exists()
+            flowtrain.load(name, trust_code=trust)
+    assert not Path("executed").exists()
 
 
 def test_other_files_are_not_checkpoints(tmp_path):
