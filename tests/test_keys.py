@@ -15,7 +15,7 @@ import pytest
 import torch
 from catalogue import POINTS, TINY, TORUS
 from catalogue import SPHERE as SPHERE_MODEL
-from helpers import PLAIN, images, seeded
+from helpers import CPU, PLAIN, images, seeded
 from PIL import Image
 
 from flowtrain.checkpoints.build import build_flow
@@ -33,7 +33,6 @@ from flowtrain.training.step import train_step
 
 pytestmark = pytest.mark.run  # many seconds in all
 
-CPU = torch.device("cpu")
 SHORT = {"num_steps": 4, "batch_size": 16, "log_every": 1, "validate_every": 4}
 SHORT |= {"checkpoint_every": 2, "keep_checkpoints": 1, "sample_every": 4, "ema": 0.5}
 BASE = {

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from catalogue import TINY
 from dataset_helpers import Evil
-from helpers import a_config, images, perturb, tiny_flow
+from helpers import CPU, a_config, images, perturb, tiny_flow
 
 import flowtrain
 from flowtrain.checkpoints import format as checkpoint_format
@@ -29,7 +29,6 @@ from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import optimizer_step, train_step
 
-CPU = torch.device("cpu")
 SHAPE = (1, 4, 4)
 OPTIMIZERS = get_args(Train.model_fields["optimizer"].annotation)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from catalogue import TINY, sets
 from cli_helpers import quick
-from helpers import a_config, images, npz, perturb, seeded, tiny_flow
+from helpers import CPU, a_config, images, npz, perturb, seeded, tiny_flow
 from torch.distributions import Normal
 
 from flowtrain.bijections.context import Guided
@@ -20,7 +20,6 @@ from flowtrain.flow.dequantize import draw_noise
 from flowtrain.system import distributed
 
 SHAPE = (1, 4, 4)
-CPU = torch.device("cpu")
 
 
 def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level():

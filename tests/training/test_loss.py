@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 from catalogue import SPHERE, TINY, TORUS
-from helpers import a_config, compiles, images, perturb, seeded
+from helpers import CPU, a_config, compiles, images, perturb, seeded
 
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import RunError, UserError
@@ -18,7 +18,6 @@ from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
-CPU = torch.device("cpu")
 GLOW = {"name": "glow", "levels": 2, "steps": 1, "width": 4}
 CAUSAL = {"name": "causal", **TINY["causal"]}
 ATTENTION = {"attention": 1, "downsample": 1, "dropout": 0.2}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from catalogue import CAUSAL, JET, SMALL, TARFLOW, TINY_RUN, WORDS
 from cli_helpers import events, last, left_overs, metrics, put_back, quick, summary
-from helpers import a_config, npz, tiny_flow
+from helpers import CPU, a_config, npz, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.format import Checkpoint
@@ -27,7 +27,6 @@ from flowtrain.training.state import State
 
 pytestmark = pytest.mark.run
 
-CPU = torch.device("cpu")
 # All that has a memory: the metrics' window, the average, warm-up and decay, two-part steps, the
 # order of the images.
 EVERYTHING = """train.accumulate=2 train.ema=0.9 train.clip_norm=0.2 train.warmup_steps=4

@@ -11,7 +11,7 @@ from catalogue import sets
 from cli_helpers import quick
 from coding_helpers import loaded
 from fake_device import device_without_float64
-from helpers import images, npz, seeded, tiny_flow
+from helpers import CPU, images, npz, seeded, tiny_flow
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -22,8 +22,6 @@ from flowtrain.system.random import Stream, generator
 from flowtrain.tools.quality import features as networks
 from flowtrain.tools.quality import figures, samples
 from flowtrain.tools.quality.figures import Statistics, density_and_coverage, statistics_of
-
-CPU = torch.device("cpu")
 
 
 def digits():
