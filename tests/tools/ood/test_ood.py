@@ -13,7 +13,6 @@ from cli_helpers import quick, trained
 from coding_helpers import loaded
 from helpers import a_config, images, npz, tiny_flow
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
 from flowtrain.bijections import Bijection
 from flowtrain.data.splits import DataSet
@@ -44,17 +43,16 @@ def compared(model, *names, **options):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_auroc_is_that_of_scikit_learn(ties):
+def test_auroc(ties):
     rng = np.random.default_rng(0)
     inside, outside = rng.normal(0, 1, 40), rng.normal(0.7, 2, 25)
     if ties:
         inside, outside = inside.round(), outside.round()
     area, error = auroc(inside, outside)
-    assert area == pytest.approx(roc_auc_score([0] * 40 + [1] * 25, [*inside, *outside]))
     # DeLong et al. 1988, equations 3 to 5, as they stand.
     wins = (outside[:, None] > inside) + 0.5 * (outside[:, None] == inside)
     expected = wins.mean(axis=1).var(ddof=1) / 25 + wins.mean(axis=0).var(ddof=1) / 40
-    assert error == pytest.approx(math.sqrt(expected))
+    assert (area, error) == pytest.approx((wins.mean(), math.sqrt(expected)))
     assert auroc(np.array([1.0, 2.0]), np.array([1.5])) == (0.5, None)
 
 
