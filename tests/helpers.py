@@ -12,7 +12,6 @@ from catalogue import TINY
 from flowtrain import config as configuration
 from flowtrain.bijections.base import DataDependentInit
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.tools.inpaint.constraints import Pixels
 
@@ -42,6 +41,11 @@ def ready(module):
         if isinstance(layer, DataDependentInit):
             layer.initialized.fill_(True)
     return module
+
+
+def initialized(flow, x, seed=0):
+    initialize(flow, x, torch.rand(x.shape, generator=seeded(seed)))
+    return flow
 
 
 @contextlib.contextmanager
@@ -102,9 +106,7 @@ def tiny_flow(
     noise = {"transform": transform, "alpha": alpha, **(noise or {})}
     config = a_config(named, dequantization=noise, data={"flip": False}, seed=seed)
     flow = perturb(build_flow(config, shape, q), scale, seed)
-    x = images(64, shape, q, seed)
-    initialize(flow, x, draw_noise(x.shape, seeded(seed), x.device))
-    return flow
+    return initialized(flow, images(64, shape, q, seed), seed)
 
 
 def npz(path, train=20, test=4, shape=(8, 8, 1), seed=0, **options):

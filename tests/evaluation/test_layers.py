@@ -7,7 +7,6 @@ from helpers import images, seeded, tiny_flow
 from torch import nn
 
 from flowtrain.evaluation.layers import first_non_finite, log_scale_ranges
-from flowtrain.flow.dequantize import draw_noise
 
 
 def variational_flow(model="glow", shape=(1, 4, 4)):
@@ -17,7 +16,7 @@ def variational_flow(model="glow", shape=(1, 4, 4)):
 
 def test_layers_are_named_those_of_the_noise_too():
     flow = variational_flow()
-    x, noise = images(4, flow.shape), draw_noise((4, *flow.shape), seeded(), torch.device("cpu"))
+    x, noise = images(4, flow.shape), torch.rand((4, *flow.shape), generator=seeded())
     # of a single pixel a checkerboard keeps all, or nothing
     for each, count in ((flow, 4), (variational_flow("planar", (1, 1, 1)), 2)):
         part = (slice(None), slice(None), *(slice(side) for side in each.shape[1:]))

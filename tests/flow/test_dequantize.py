@@ -7,7 +7,7 @@ import torch
 from helpers import images, seeded
 
 from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
-from flowtrain.flow.dequantize import EDGE, Dequantizer, draw_noise
+from flowtrain.flow.dequantize import EDGE, Dequantizer
 from flowtrain.flow.flow import Flow
 
 LARGEST = 1 - 2.0**-24  # the largest float32 below 1: 255 + LARGEST is 256
@@ -82,17 +82,6 @@ def test_far_values_are_clamped_and_those_that_are_not_finite_raise(transform, a
         v[1, 0, 1, 1] = v[3, 0, 0, 0] = bad
         with pytest.raises(FloatingPointError, match="2 of 4"):
             dequantizer.to_data(v)
-
-
-def test_noise_is_uniform_and_belongs_to_its_generator():
-    cpu = torch.device("cpu")
-    noise = draw_noise((200, 1, 8, 8), seeded(3), cpu)
-    assert noise.dtype == torch.float32 and noise.min() >= 0 and noise.max() < 1
-    assert noise.mean().item() == pytest.approx(0.5, abs=0.01)
-    assert noise.var().item() == pytest.approx(1 / 12, abs=3e-3)
-    in_parts = seeded(3)
-    parts = [draw_noise((n, 1, 8, 8), in_parts, cpu) for n in (1, 7, 192)]
-    assert torch.equal(torch.cat(parts), noise)
 
 
 @every_q

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from catalogue import SPHERE, TINY, TORUS
-from helpers import a_config, images, seeded, tiny_flow
+from helpers import a_config, images, initialized, tiny_flow
 
 from flowtrain import bijections as b
 from flowtrain import config as configuration
@@ -20,8 +20,6 @@ from flowtrain.bijections.execution import call
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
 from flowtrain.evaluation.layers import Watching, layers_of
-from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
 from flowtrain.models import base, causal, glow, jet, nice, realnvp, sphere, tarflow, torus
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
@@ -151,9 +149,8 @@ def test_glow_learns_at_a_single_pixel_too(split):
 # A causal model maps data to normal numbers.
 @pytest.mark.parametrize("name", [*sorted(TINY.keys() - {"causal", "cnf"}), CNF])
 def test_layers_start_as_the_identity(name):
-    flow = build_flow(a_config(name), (1, 4, 4), 256)
     x = images(16, (1, 4, 4))
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    flow = initialized(build_flow(a_config(name), (1, 4, 4), 256), x)
     seen = []
 
     def around(name, layer, direction, given, context):
@@ -242,7 +239,7 @@ def losses_of(name, transform, options, steps):
     with torch.no_grad():
         for i, parameter in enumerate(flow.parameters()):
             parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).view_as(parameter)
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    initialized(flow, x)
     state = State(config, flow, build_optimizers(flow, config.train), None, {})
     losses = []
     for _ in range(steps):

@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch._dynamo
 from catalogue import SPHERE, TINY, TORUS
-from helpers import CPU, a_config, compiles, images, perturb, seeded
+from helpers import CPU, a_config, compiles, images, initialized, perturb, seeded
 
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import RunError, UserError
-from flowtrain.flow.flow import initialize
 from flowtrain.system import distributed
 from flowtrain.training import loss as losses
 from flowtrain.training.loss import CudaGraphStep, Loss, require_possible
@@ -72,7 +71,7 @@ def made(model, mode="store", precision="fp32", **train):
     config = a_config(section, data, train=train, dequantization=dequantization)
     flow = perturb(build_flow(config, shape, levels))
     x = flow.kind.random((16, *shape), seeded())
-    initialize(flow, x, torch.rand(x.shape, generator=seeded(1)))
+    initialized(flow, x, seed=1)
     if precision == "fp32":
         flow = flow.double()
     labels = torch.arange(4) % 3 if flow.classes else None
@@ -136,9 +135,8 @@ def test_each_value_of_compile(value, memory, graphs, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     config = a_config({**GLOW, "steps": 3}, train={"compile": value, "memory": memory})
-    flow = perturb(build_flow(config, (1, 8, 8), 256))
     x = images(8, (1, 8, 8))
-    initialize(flow, x, torch.rand(x.shape, generator=seeded(1)))
+    flow = initialized(perturb(build_flow(config, (1, 8, 8), 256)), x, seed=1)
     plain = config.model_copy(update={"train": config.train.model_copy(update={"compile": "off"})})
     found = []
     for each in (plain, config):

@@ -9,7 +9,7 @@ import torch
 from catalogue import TINY
 from cli_helpers import quick
 from coding_helpers import loaded
-from helpers import REPOSITORY, a_config, images, npz, perturb, seeded
+from helpers import REPOSITORY, a_config, images, initialized, npz, perturb, seeded
 from torch import nn
 
 from flowtrain import config as configuration
@@ -20,8 +20,6 @@ from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import layers_of, log_scale_ranges
-from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.system.random import Stream, uniform
 from flowtrain.tools.doctor import examine as examining
@@ -59,8 +57,7 @@ def a_model(
     config = a_config(options, data=data, dequantization=dequantization or {})
     data_set = DataSet(config.data)
     flow = perturb(build_flow(config, data_set.shape, data_set.num_bins), scale)
-    x = data_set.split("train").take(slice(None))
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    initialized(flow, data_set.split("train").take(slice(None)))
     return loaded(flow, config), data_set
 
 

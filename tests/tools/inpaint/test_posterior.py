@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from catalogue import TINY
-from helpers import a_config, agrees, images, perturb, seeded, tiny_flow
+from helpers import agrees, images, seeded, tiny_flow
 from torch import nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.ordinal import discrete_model
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
 from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer, RealValued
-from flowtrain.flow.flow import Flow, initialize
+from flowtrain.flow.flow import Flow
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.tools.inpaint import posterior
 from flowtrain.tools.inpaint.constraints import Averages, Pixels
@@ -242,9 +241,7 @@ def test_every_model_of_images_has_a_posterior(name):
 @pytest.mark.parametrize("model", ["nice", "causal"])
 @pytest.mark.run  # takes long
 def test_the_class_of_the_image(model):
-    config = a_config({"name": model, **TINY[model], "classes": 2})
-    flow, x = perturb(build_flow(config, SQUARE, 3), 0.5), images(1, SQUARE, 3)[0]
-    initialize(flow, images(64, SQUARE, 3), torch.rand(64, *SQUARE, generator=seeded()))
+    flow, x = tiny_flow(model, SQUARE, 3, scale=0.5, classes=2), images(1, SQUARE, 3)[0]
     constraint = Pixels(x, torch.tensor([[[True, False], [True, False]]]), 3)
     a, b = (sample(flow.eval(), constraint, 20, 6, 0, label) for label in (0, 1))
     assert not torch.equal(a.x, b.x)
