@@ -57,13 +57,10 @@ def test_parameters_depend_on_the_entries_before(dims, width, hidden_layers, con
     # With few units some dependencies are missing, but the last entry depends on all others.
     far = before if width > dims else before & (torch.arange(dims)[:, None] == dims - 1)
     assert (found[:, far] > 0).all()
-    layer = MaskedAutoregressive(net, AffineTransform())
-    back = layer.inverse(layer(points, context)[0], context)[0]
-    torch.testing.assert_close(back, points, rtol=1e-9, atol=1e-9)
     if context is not None:
         found = jacobian(lambda c: net(points, c).sum(0), context).abs().amax(1)
         assert (found > 0).all()  # every entry sees it
-        for call in (net, layer.inverse):
+        for call in (net, MaskedAutoregressive(net, AffineTransform()).inverse):
             with pytest.raises(ValueError, match="expected a context of 3 entries"):
                 call(points)
 
