@@ -8,13 +8,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from cli_helpers import quick, trained
-from coding_helpers import loaded
+from coding_helpers import Spoiled, loaded
 from helpers import a_config, images, npz, tiny_flow
 from PIL import Image
 
-from flowtrain.bijections import Bijection
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
@@ -233,23 +231,11 @@ def test_a_density_has_no_bits():
     assert described["bits_per_dim"] is described["bits_per_dim_stderr"] is None
 
 
-class Spoiled(Bijection):
-    """Not finite where the first pixel is black."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x, context=None):
-        z, log_det = self.inner(x)
-        return z, torch.where(x[:, 0, 0, 0] < -0.5 + 1 / 256, torch.nan, log_det)
-
-
 @pytest.mark.run  # takes long
 @pytest.mark.parametrize("black", ["outside", "inside", "reference"])
 def test_likelihoods_that_are_not_finite(tmp_path, black):
     model = a_model(tmp_path)
-    model.flow.bijection = Spoiled(model.flow.bijection)
+    model.flow.bijection = Spoiled(model.flow.bijection, lambda pixel: pixel < -0.5 + 1 / 256)
     x = images(6, (1, 4, 4)).numpy() // 2 + 1
     splits = {"reference": "validation", "inside": "test", "outside": None}
     collections = {
