@@ -8,7 +8,6 @@ command that is there.
 import os
 import shlex
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,8 +36,10 @@ if drop is not None:
 """
 
 
-def make(here: Path) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     """Runs of digits, of classes, of points and of images given a part of them; wrong files."""
+    here = tmp_path_factory.mktemp("wrong")
     run = copy_of(trained()["glow"], here / "run")
     npz(here / "colour.npz", shape=(8, 8, 3))
     npz(here / "large.npz", shape=(16, 16))
@@ -85,6 +86,7 @@ def make(here: Path) -> None:
     mask = Image.new("L", (8, 8))
     mask.paste(255, (2, 2, 6, 6))
     mask.save(here / "mask.png")
+    return here
 
 
 HUGE = 10**10
@@ -244,13 +246,6 @@ NEVER = {
     "--device": "abacus",
     "--until": "2",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    here = tmp_path_factory.mktemp("wrong")
-    make(here)
-    return here
 
 
 @pytest.fixture

@@ -47,15 +47,6 @@ def gaussian(shape, levels, sd, seed=0):
     return flow, mean + 0.5, torch.linalg.inv(matrix.T @ matrix / sd**2)
 
 
-def assert_moments(found, mean, covariance):
-    """Samples `(N, D)` are of a Gaussian, within errors."""
-    error = (found.mean(0) - mean) / (covariance.diagonal() / len(found)).sqrt()
-    assert error.abs().max() < 4
-    scale = covariance.diagonal().sqrt()
-    difference = (found.T.cov() - covariance) / (scale[:, None] * scale)
-    assert difference.abs().max() < 5 / len(found) ** 0.5
-
-
 # From random images, so narrow a density as the second would not be found in so few moves.
 @pytest.mark.parametrize("of, sd", [("pixels", 0.06), ("pixels", 0.006), ("averages", 0.06)])
 def test_an_image_of_a_gaussian(of, sd):
@@ -81,7 +72,12 @@ def test_an_image_of_a_gaussian(of, sd):
     cells = torch.eye(len(mean)) + (gain @ gain.T if of == "pixels" else 0)
     rest = covariance - gain @ linear @ covariance + cells / 12 / 256**2
     y = (found.x.flatten(1) + 0.5) / 256
-    assert_moments(y[:, free], expected[free], rest[free][:, free])
+    found, mean, covariance = y[:, free], expected[free], rest[free][:, free]
+    error = (found.mean(0) - mean) / (covariance.diagonal() / len(found)).sqrt()
+    assert error.abs().max() < 4
+    scale = covariance.diagonal().sqrt()
+    difference = (found.T.cov() - covariance) / (scale[:, None] * scale)
+    assert difference.abs().max() < 5 / len(found) ** 0.5
 
 
 def test_the_effective_size_is_of_missing_entries():
