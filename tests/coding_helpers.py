@@ -1,6 +1,8 @@
 """Flows whose density is known, models in memory, and images, for the tests of tools."""
 
 import math
+import struct
+import zlib
 from pathlib import Path
 
 import torch
@@ -79,6 +81,12 @@ def smooth(count: int, shape: tuple[int, int, int]) -> torch.Tensor:
 def picture(path, size=(8, 8), mode="L", value=0):
     path.parent.mkdir(exist_ok=True)
     Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path, "PNG")
+
+
+def claiming(data: bytes, width: int, height: int) -> bytes:
+    """A PNG whose header claims another size than its pixels have."""
+    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
 
 
 def opened(path: Path, data: bytes, memory: int | None = None) -> Opened:
