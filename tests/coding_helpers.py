@@ -1,20 +1,22 @@
 """Flows whose density is known, models in memory, and images, for the tests of tools."""
 
 import math
+import struct
+import zlib
 from pathlib import Path
 
 import torch
 from catalogue import TINY
-from helpers import a_config, images, perturb, seeded
+from helpers import a_config, images, initialized, perturb, seeded
 from PIL import Image
 from torch import nn
 
-from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
+from flowtrain.bijections import Bijection, DiagonalAffine, Flatten, Sequential
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.flow.dequantize import Dequantizer
-from flowtrain.flow.flow import Flow, initialize
+from flowtrain.flow.flow import Flow
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.tools.archive import format as archive
 from flowtrain.tools.archive import strips
@@ -44,14 +46,29 @@ def affine_flow(shape, levels=256, slope=3.0, shift=0.1) -> Flow:
     return Flow(Sequential(Flatten(shape), affine), Dequantizer(levels), shape)
 
 
+class Spoiled(Bijection):
+    """The log-determinant is `value` `where` the first pixel is so, and the inverse is off."""
+
+    def __init__(self, inner, where, value=math.nan, off=0.0):
+        super().__init__()
+        self.inner, self.where, self.value, self.off = inner, where, value, off
+
+    def forward(self, x, context=None):
+        z, log_det = self.inner(x)
+        return z, torch.where(self.where(x[:, 0, 0, 0]), self.value, log_det)
+
+    def inverse(self, z, context=None):
+        x, log_det = self.inner.inverse(z)
+        return x + self.off, log_det
+
+
 def causal_flow(shape, levels=256, scale=0.2, x=None, **options) -> Flow:
     """A causal flow with every parameter moved, set from `x` or smooth images."""
     model = {"name": "causal", **TINY["causal"], **options}
     flow = build_flow(a_config(model, {"flip": False}), shape, levels)
     if x is None:
         x = (smooth(64, shape).long() * levels // 256).to(torch.uint8)
-    initialize(flow, x, torch.rand(x.shape, generator=seeded()))
-    return perturb(flow, scale).eval().requires_grad_(False)
+    return perturb(initialized(flow, x), scale).eval().requires_grad_(False)
 
 
 def smooth(count: int, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -64,6 +81,12 @@ def smooth(count: int, shape: tuple[int, int, int]) -> torch.Tensor:
 def picture(path, size=(8, 8), mode="L", value=0):
     path.parent.mkdir(exist_ok=True)
     Image.new(mode, size, value if mode == "L" else (value,) * len(mode)).save(path, "PNG")
+
+
+def claiming(data: bytes, width: int, height: int) -> bytes:
+    """A PNG whose header claims another size than its pixels have."""
+    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
 
 
 def opened(path: Path, data: bytes, memory: int | None = None) -> Opened:

@@ -26,6 +26,14 @@ def as_before():
     logger.setLevel(before[2])
 
 
+@pytest.fixture
+def run(tmp_path):
+    """A copy of a finished run, in `runs/` of the current folder."""
+    from cli_helpers import copy_of, trained
+
+    return copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
+
+
 # Commands inherit it ignored if nohup has started the tests, and would then not stop at it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

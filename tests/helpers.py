@@ -1,5 +1,7 @@
 """Tiny flows with every parameter moved off its start, and tiny files of data."""
 
+import contextlib
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,13 @@ from catalogue import TINY
 from flowtrain import config as configuration
 from flowtrain.bijections.base import DataDependentInit
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.tools.inpaint.constraints import Pixels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
+CPU = torch.device("cpu")
 compiles = pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch is too old to compile")
 
 
@@ -39,6 +41,22 @@ def ready(module):
         if isinstance(layer, DataDependentInit):
             layer.initialized.fill_(True)
     return module
+
+
+def initialized(flow, x, seed=0):
+    initialize(flow, x, torch.rand(x.shape, generator=seeded(seed)))
+    return flow
+
+
+@contextlib.contextmanager
+def memory_below(most):
+    """At its peak, in bytes that Python allocates."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
 
 
 def images(count, shape, levels=256, seed=0):
@@ -80,16 +98,15 @@ def tiny_flow(
     alpha=0.05,
     seed=0,
     scale=0.2,
+    noise=None,
     **options,
 ):
     """A tiny flow for images of q levels: parameters moved, then initialized on random images."""
     named = {"name": model, **TINY[model], **options}
-    noise = {"transform": transform, "alpha": alpha}
+    noise = {"transform": transform, "alpha": alpha, **(noise or {})}
     config = a_config(named, dequantization=noise, data={"flip": False}, seed=seed)
     flow = perturb(build_flow(config, shape, q), scale, seed)
-    x = images(64, shape, q, seed)
-    initialize(flow, x, draw_noise(x.shape, seeded(seed), x.device))
-    return flow
+    return initialized(flow, images(64, shape, q, seed), seed)
 
 
 def npz(path, train=20, test=4, shape=(8, 8, 1), seed=0, **options):

@@ -1,9 +1,9 @@
 """Errors: exit codes, values in messages, and suggestions."""
 
 import errno
-import tracemalloc
 
 import pytest
+from helpers import memory_below
 
 from flowtrain.errors import RunError, cut, did_you_mean, exit_code, short, shown
 
@@ -52,8 +52,6 @@ VALUES = {
 @pytest.mark.parametrize("name", VALUES)
 def test_a_value_is_shown_in_few_characters(name):
     value, text = VALUES[name]
-    tracemalloc.start()
-    found = shown(value)
-    assert tracemalloc.get_traced_memory()[1] < 1e6
-    tracemalloc.stop()
+    with memory_below(1e6):
+        found = shown(value)
     assert len(found) <= 100 and found == (text or found)

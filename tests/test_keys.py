@@ -12,10 +12,9 @@ from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
-import torch
 from catalogue import POINTS, TINY, TORUS
 from catalogue import SPHERE as SPHERE_MODEL
-from helpers import PLAIN, images, seeded
+from helpers import CPU, PLAIN, images, initialized
 from PIL import Image
 
 from flowtrain.checkpoints.build import build_flow
@@ -23,7 +22,6 @@ from flowtrain.checkpoints.format import read
 from flowtrain.config import Config, Data, Model, Section, component_names, component_schema, parse
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
-from flowtrain.flow.flow import initialize
 from flowtrain.system.capacity import peak
 from flowtrain.training.loop import fit
 from flowtrain.training.optim import build_optimizers
@@ -33,7 +31,6 @@ from flowtrain.training.step import train_step
 
 pytestmark = pytest.mark.run  # many seconds in all
 
-CPU = torch.device("cpu")
 SHORT = {"num_steps": 4, "batch_size": 16, "log_every": 1, "validate_every": 4}
 SHORT |= {"checkpoint_every": 2, "keep_checkpoints": 1, "sample_every": 4, "ema": 0.5}
 BASE = {
@@ -284,8 +281,7 @@ def test_train_memory():
         settings = parse(
             merged(BASE, {"train": {"memory": mode}, "model": {"steps": 4, "width": 32}})
         )
-        flow = build_flow(settings, (1, 8, 8), 17)
-        initialize(flow, x, torch.rand(x.shape, generator=seeded(1)))
+        flow = initialized(build_flow(settings, (1, 8, 8), 17), x, seed=1)
         state = State(settings, flow, build_optimizers(flow, settings.train), None, {})
         taken[mode] = peak(lambda state=state: train_step(state, x), CPU)
     assert taken["reversible"] < taken["checkpoint"] < taken["store"]

@@ -25,10 +25,6 @@ def some(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
-def context_of(features, batch):
-    return some(batch, features, 1, 1, seed=1) if features else None
-
-
 def test_reversible_is_refused_in_bf16():
     """The inverse in float32 does not give back the input from which bf16 computed the output."""
     cpu, train = torch.device("cpu"), {"memory": "reversible", "precision": "bf16"}
@@ -49,7 +45,7 @@ def test_reversible_is_refused_in_bf16():
 def test_parameters_depend_on_the_entries_before(dims, width, hidden_layers, context_features):
     net = net_of(dims, width, hidden_layers, context_features)
     points = some(20, dims)  # every ReLU is active at one of them
-    context = context_of(context_features, len(points))
+    context = some(20, context_features, 1, 1, seed=1) if context_features else None
     # Dimensions: the parameter, its entry, the entry of x.
     found = jacobian(lambda x: net(x, context).sum(0), points).abs().amax(1).view(2, dims, dims)
     before = torch.ones(dims, dims).tril(-1).bool()
@@ -57,13 +53,10 @@ def test_parameters_depend_on_the_entries_before(dims, width, hidden_layers, con
     # With few units some dependencies are missing, but the last entry depends on all others.
     far = before if width > dims else before & (torch.arange(dims)[:, None] == dims - 1)
     assert (found[:, far] > 0).all()
-    layer = MaskedAutoregressive(net, AffineTransform())
-    back = layer.inverse(layer(points, context)[0], context)[0]
-    torch.testing.assert_close(back, points, rtol=1e-9, atol=1e-9)
     if context is not None:
         found = jacobian(lambda c: net(points, c).sum(0), context).abs().amax(1)
         assert (found > 0).all()  # every entry sees it
-        for call in (net, layer.inverse):
+        for call in (net, MaskedAutoregressive(net, AffineTransform()).inverse):
             with pytest.raises(ValueError, match="expected a context of 3 entries"):
                 call(points)
 

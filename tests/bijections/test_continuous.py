@@ -1,4 +1,4 @@
-"""Continuous flows: known solutions, the trace and its estimate, batches, gradients, commands."""
+"""Continuous flows: known solutions, the trace and its estimate, gradients, commands."""
 
 import math
 
@@ -167,25 +167,6 @@ def test_signs_are_a_function_of_the_example():
     for other in (moved, signs.roll(1, 0)):  # practically independent
         assert abs((signs * other).mean().item()) < 4 / math.sqrt(signs.numel())
     assert signs.mean(0).abs().max() < 5 / math.sqrt(500)
-
-
-@pytest.mark.run  # takes long
-def test_batch_mates_change_nothing_beyond_rounding():
-    """Differences are below 1e-5 bits/dim with the default tolerances, despite common steps."""
-    layer = layer_of(64, 16, scale=0.5)
-    x = torch.randn(20, 64, generator=seeded())
-
-    def log_probs(part):
-        z, log_det = layer(part)
-        return log_det - 0.5 * z.square().sum(dim=1), layer.evaluations
-
-    with torch.no_grad():
-        together, evaluations = log_probs(x)
-        for size in (1, 7):
-            parts, counts = zip(*(log_probs(part) for part in x.split(size)), strict=True)
-            difference = (torch.cat(parts) - together).abs().max().item() / (64 * math.log(2))
-            assert 0 < difference < 1e-5
-            assert min(counts) < evaluations
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

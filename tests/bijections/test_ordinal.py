@@ -6,15 +6,13 @@ import math
 import pytest
 import torch
 from catalogue import TINY
-from helpers import a_config, images, perturb, seeded, tiny_flow
+from helpers import a_config, images, initialized, perturb, seeded, tiny_flow
 
 from flowtrain.bijections.execution import FUSED
 from flowtrain.bijections.memory import executor_of
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.datasets import digits
 from flowtrain.errors import UserError
-from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
 from flowtrain.nets.prediction import LinearPrediction
 from flowtrain.nets.window import Window
 from flowtrain.system import capacity
@@ -45,8 +43,7 @@ def trained():
     """A model trained on digits until its mixtures are narrow."""
     x = torch.from_numpy(digits.build("data", "train").read()[:512])
     config = a_config({"name": "causal", **TINY["causal"], "width": 16, "uniform": 2**-12})
-    flow = build_flow(config, (1, 8, 8), 17)
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    flow = initialized(build_flow(config, (1, 8, 8), 17), x)
     optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
     for step in range(60):
         optimizer.zero_grad()
@@ -219,9 +216,8 @@ def test_the_scale_of_an_entry_is_bounded_also_if_images_never_vary():
         flow.bijection.log_scale.data.fill_(scale)
         assert flow.log_prob(images(8, (1, 4, 4)), seeded()).isfinite().all()
         assert flow.sample(3, generator=seeded()).shape == (3, 1, 4, 4)
-    flow = build_flow(a_config("causal"), (1, 4, 4), 256)
     x = torch.full((30, 1, 4, 4), 128, dtype=torch.uint8)
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    flow = initialized(build_flow(a_config("causal"), (1, 4, 4), 256), x)
     assert flow.bits_per_dim(x, seeded()).max() < 2
     assert flow.bijection.bounded_log_scale().exp().min() > 0.99 / 255  # half a level
     assert flow.bits_per_dim(images(30, (1, 4, 4)), seeded()).isfinite().all()
@@ -250,16 +246,3 @@ def test_the_linear_prediction_is_that_of_least_squares(monkeypatch):
     prediction = LinearPrediction(4, (3, 3), Window(3, 3, ahead=0))
     with pytest.raises(UserError, match="model.window: a linear prediction from 100 values needs"):
         prediction.fit(torch.zeros(2, 4, 3, 3))
-
-
-@pytest.mark.parametrize(
-    "levels, dequantization, message",
-    [
-        (None, {}, "model.name: causal is a model of the levels of images"),
-        (256, {"name": "variational"}, "dequantization.name: variational, but the likelihood of"),
-        (256, {"transform": "logit"}, "dequantization.transform: logit, but causal reads the"),
-    ],
-)
-def test_it_refuses(levels, dequantization, message):
-    with pytest.raises(UserError, match=message):
-        build_flow(a_config("causal", dequantization=dequantization), (1, 4, 4), levels)

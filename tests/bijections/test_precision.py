@@ -8,7 +8,6 @@ from helpers import a_config, images, perturb, seeded
 
 from flowtrain.bijections import continuous, ordinal
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.flow.dequantize import draw_noise
 from flowtrain.flow.flow import initialize
 from flowtrain.pictures.sample import sample
 
@@ -30,7 +29,7 @@ def test_a_device_without_double_precision(model, noise, options, monkeypatch):
     config = a_config({"name": model, **TINY[model], **options}, dequantization={"name": noise})
     flow = perturb(build_flow(config, shape, 17), 0.1)
     x = images(8, shape, 17)
-    u = draw_noise(x.shape, seeded(), x.device)
+    u = torch.rand(x.shape, generator=seeded())
     initialize(flow, x, u)
     with torch.no_grad():
         expected = flow(x, u).total

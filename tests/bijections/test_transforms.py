@@ -36,14 +36,6 @@ def some(name, scale, dtype=torch.float64, shape=(8, 3, 40), seed=0):
     return transform, scale * torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
-def extreme(name, dtype, shape=(64, 3, 40)):
-    """Parameters that are all 50 or -50, and inputs of all magnitudes from 0.001 to 1000."""
-    transform, parameters = some(name, 1, dtype, shape)
-    sizes = 10 ** torch.empty(shape, dtype=dtype).uniform_(-3, 3, generator=seeded(1))
-    x = sizes * torch.randn(shape, generator=seeded(2), dtype=dtype).sign()
-    return transform, (1e30 if name == "affine" else 50) * parameters.sign(), x
-
-
 @pytest.mark.run  # takes long
 @every
 def test_gradients_of_both_directions(name):
@@ -57,7 +49,12 @@ def test_gradients_of_both_directions(name):
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_round_trip_and_bounds_with_extreme_parameters(name, dtype):
-    transform, parameters, x = extreme(name, dtype)
+    """They are all 50 or -50, and inputs have all magnitudes from 0.001 to 1000."""
+    shape = 64, 3, 40
+    transform, parameters = some(name, 1, dtype, shape)
+    parameters = (1e30 if name == "affine" else 50) * parameters.sign()
+    sizes = 10 ** torch.empty(shape, dtype=dtype).uniform_(-3, 3, generator=seeded(1))
+    x = sizes * torch.randn(shape, generator=seeded(2), dtype=dtype).sign()
     with torch.no_grad():
         z, log_derivative = transform(x, parameters)
         back, inverse_log_derivative = transform.inverse(z, parameters)
@@ -204,8 +201,12 @@ def test_spline_is_the_identity_outside():
         assert torch.equal(result, x.expand(8, 1, 6)) and not log_derivative.any()
 
 
-def formula(transform, x, parameters):
-    """The formulas of Flow++: `logit(F(x))`, its log-derivative, a, the shift, all u_i and s_i."""
+@mixtures
+@pytest.mark.parametrize("scale", [0, 1, 4])
+def test_mixture_is_the_formula(name, scale):
+    """Of Flow++: `logit(F(x))` and its log-derivative."""
+    transform, parameters = some(name, scale)
+    x = 3 * torch.randn(8, 3, 40, generator=seeded(1), dtype=torch.float64)
     k, limit = transform.components, transform.limit
     raw = parameters.unflatten(1, (2 + 3 * k, -1))
     shift, logits, means, scales = raw.split([1, k, k, 1 + k], 1)
@@ -218,20 +219,8 @@ def formula(transform, x, parameters):
     above = (weights * torch.sigmoid(-u)).sum(1)
     density = (weights * torch.sigmoid(u) * torch.sigmoid(-u) / scales[:, 1:].exp()).sum(1)
     w, log_derivative = (below / above).log(), (density / below / above).log()
-    return w, log_derivative, scales[:, 0], shift[:, 0], u, scales[:, 1:]
-
-
-@mixtures
-@pytest.mark.parametrize("scale", [0, 1, 4])
-def test_mixture_is_the_formula(name, scale):
-    transform, parameters = some(name, scale)
-    x = 3 * torch.randn(8, 3, 40, generator=seeded(1), dtype=torch.float64)
-    w, log_derivative, a, shift, u, s = formula(transform, x, parameters)
-    expected = w * a.exp() + shift, log_derivative + a
+    expected = w * scales[:, 0].exp() + shift[:, 0], log_derivative + scales[:, 0]
     torch.testing.assert_close(transform(x, parameters), expected, rtol=1e-11, atol=1e-11)
-    widest = (u.amax(1) - u.amin(1)).abs()
-    assert (log_derivative <= (-s).amax(1) + 1e-9).all()
-    assert (log_derivative >= (-s).amin(1) - (widest / 2).cosh().log() - 1e-9).all()
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 6), (torch.float64, 8)])

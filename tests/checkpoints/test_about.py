@@ -3,19 +3,12 @@
 import json
 
 import pytest
-import torch
 from cli_helpers import copy_of, trained
+from helpers import CPU
 from run_files import TEST
 
 from flowtrain.checkpoints import about, zoo
 from flowtrain.checkpoints.load import load_model, model_hash
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def run(tmp_path):
-    return copy_of(trained()["glow"], tmp_path / "run")
 
 
 def evaluated(run, **changes):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import fake_hub
 import pytest
-import torch
 from catalogue import SMALL
 from cli_helpers import copy_of, quick, trained
+from helpers import CPU
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints import hub as hub_models
@@ -19,7 +19,6 @@ from flowtrain.errors import RunError, UserError
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
 
-CPU = torch.device("cpu")
 MODEL = zoo.checkpoint_of("glow_digits").read_bytes()
 FILES = {"README.md": b"---\nlicense: mit\n---\n", hub_models.FILE: MODEL}
 

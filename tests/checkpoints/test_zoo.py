@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import quick
-from helpers import REPOSITORY, SHARED, a_config, tiny_flow
+from helpers import CPU, REPOSITORY, SHARED, a_config, tiny_flow
 
 from flowtrain import config as configuration
 from flowtrain.checkpoints import format as checkpoint_format
@@ -22,7 +22,6 @@ from flowtrain.evaluation.score import mean_loss
 from flowtrain.tools.doctor.examine import examine
 from flowtrain.tools.doctor.findings import overall
 
-CPU = torch.device("cpu")
 # Where the data of the tests lie, in place of a download.
 ELSEWHERE = {
     "cifar10": {"name": "npz", "path": str(SHARED / "cifar10.npz")},

@@ -32,12 +32,6 @@ pytestmark = pytest.mark.run
 DIGITS = {"test": 180, "validation": 162, "train": 1455}  # images
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A copy of a finished run, in `runs/` of the current folder."""
-    return copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
-
-
 def digits():
     return DataSet(parse({"train": {"num_steps": 1}}).data)
 

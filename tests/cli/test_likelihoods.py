@@ -7,11 +7,10 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from catalogue import CAUSAL, SHORT, TINY, TINY_RUN, sets
 from cli_helpers import FOLDER, events, metrics, quick, summary, tree
 from coding_helpers import picture
-from helpers import npz
+from helpers import CPU, npz
 from PIL import Image
 
 import flowtrain
@@ -103,7 +102,7 @@ def test_evaluate_writes_a_file_of_its_own(mirror):
     )
     assert "sides" not in plain and both["sides"] == 2 and both["model"] == plain["model"]
     flow = flowtrain.load(mirror / "r", "cpu", mirror=True)
-    data = DataSet(load_model(str(mirror / "r"), torch.device("cpu")).config.data)
+    data = DataSet(load_model(str(mirror / "r"), CPU).config.data)
     expected = flow.bits_per_dim(data.split("test").take(slice(None))).mean().item()
     assert both["bits_per_dim"] == pytest.approx(expected, abs=1e-5) != plain["bits_per_dim"]
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import a_config, npz, seeded
+from helpers import CPU, a_config, npz, seeded
 from PIL import Image
 
 from flowtrain.data.batches import Batches, ReadAhead, augment
@@ -16,8 +16,6 @@ from flowtrain.data.splits import DataSet
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
 from flowtrain.system import capacity, distributed
-
-CPU = torch.device("cpu")
 
 
 def batches(section, batch_size=6, seed=0):

@@ -5,9 +5,8 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from cli_helpers import quick, trained, tree
-from helpers import a_config, npz
+from helpers import CPU, a_config, npz
 from PIL import Image
 
 from flowtrain.checkpoints.load import load_model
@@ -95,7 +94,7 @@ def test_the_models_own_data_keep_their_splits(tmp_path):
 @pytest.mark.run
 def test_evaluate_on_files_for_a_model_of_fewer_levels(tmp_path):
     """They are brought to its levels, as for `interpolate`."""
-    model = load_model(str(trained()["glow"]), torch.device("cpu"))
+    model = load_model(str(trained()["glow"]), CPU)
     files = sorted(pictures(tmp_path / "p", 5).iterdir())
     done = quick("evaluate", trained()["glow"], "--data", "p", "--json", "-", cwd=tmp_path).ok()
     assert "p: images are brought to 1x8x8 with 17 levels" in done.err
@@ -109,7 +108,7 @@ def test_evaluate_on_other_data(tmp_path):
     """The result does not replace that on the model's own data, nor one on others of this name."""
     section = npz(tmp_path / "a.npz", shape=(8, 8, 3))
     run = RunDirectory(tmp_path / "r")
-    fit(a_config("nice", data=section, train={"num_steps": 2}), run, torch.device("cpu"))
+    fit(a_config("nice", data=section, train={"num_steps": 2}), run, CPU)
 
     def evaluate(*words):
         return quick("evaluate", "r", *words, cwd=tmp_path)

@@ -153,16 +153,13 @@ def replacing(old, new):
     return damage
 
 
-def writing(text):
-    return lambda path: path.write_text(text)
-
-
 def of_other_images(path):
     path.write_text('{"count": 22, "unreadable": {"other": "why"}}')
     np.save(path.with_name("images.npy"), PIXELS["train"][:22])
 
 
-INDEX = ['{"count"', '{"count": 5, "unreadable": {}}', '{"count": 23, "unreadable": "text"}']
+INDEX = ["[" * 100_000, '{"count"', '{"count": 5, "unreadable": {}}']
+INDEX += ['{"count": 23, "unreadable": "text"}']
 
 
 @pytest.mark.parametrize(
@@ -174,7 +171,7 @@ INDEX = ['{"count"', '{"count": 5, "unreadable": {}}', '{"count": 23, "unreadabl
         ("images.npy", replacing(b"'fortran_order': False", b"'fortran_order': True")),
         ("images.npy", lambda path: np.save(path, PIXELS["test"])),
         *[("index.json", damage) for damage in (of_other_images, Path.unlink, pipe)],
-        *[("index.json", writing(text)) for text in (*INDEX, "[" * 100_000)],
+        *[("index.json", lambda path, text=text: path.write_text(text)) for text in INDEX],
         *[("digests", damage) for damage in (corrupt, cut, empty, Path.unlink)],
         ("digests", lambda path: path.write_bytes(cache.sealed(bytes(16)))),  # of another count
         *[("labels", damage) for damage in (corrupt, cut, Path.unlink)],

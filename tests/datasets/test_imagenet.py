@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import torch
 from dataset_helpers import chrabaszcz, oord
-from helpers import a_config
+from helpers import CPU, a_config
 from typer.testing import CliRunner
 
 from flowtrain.checkpoints.load import load_model
@@ -27,7 +26,7 @@ def test_the_version_is_beside_every_figure(tmp_path, capsys, monkeypatch):
         section = {**make(tmp_path, monkeypatch), "root": str(tmp_path), "validation": 0.2}
         config = a_config("nice", data=section, train={"num_steps": 1, "batch_size": 8})
         run = RunDirectory(tmp_path / version)
-        fit(config, run, torch.device("cpu"))
+        fit(config, run, CPU)
         edition = f"{version}: ImageNet 32x32"
         assert edition in capsys.readouterr().out
         printed = CliRunner().invoke(app, ["evaluate", str(run.path), "--device", "cpu"])
@@ -35,7 +34,7 @@ def test_the_version_is_beside_every_figure(tmp_path, capsys, monkeypatch):
         for name in ("summary", "evaluate-test"):
             assert edition in json.loads((run.path / f"{name}.json").read_text())["edition"]
         paths[version] = run.path
-    page, _ = report.page(load_model(str(run.path), torch.device("cpu")), "no data here")
+    page, _ = report.page(load_model(str(run.path), CPU), "no data here")
     assert page.count(edition) == 2
     comparison = compare(list(paths.values()))
     notes = " ".join(comparison.notes)

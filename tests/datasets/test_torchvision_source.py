@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from dataset_helpers import COUNTS, LABELS, TORCHVISION, build, check, corrupt, downloads, pipe
+from dataset_helpers import COUNTS, LABELS, TORCHVISION, build, check, downloads, pipe
 from fake_hub import serving
 
 from flowtrain.datasets import torchvision_source
@@ -100,15 +100,6 @@ def test_mnist_is_downloaded_once(site, tmp_path, monkeypatch, closed, caplog, c
         mnist(root, split="test").read()
         assert not requested, "the files were there"
         assert "%" not in capsys.readouterr().err and socket.getdefaulttimeout() is None
-
-
-def test_a_damaged_download(site, tmp_path, monkeypatch):
-    for path in site.iterdir():
-        corrupt(path)
-    with served(site) as (address, _):
-        set_source("mnist", monkeypatch, address)
-        with pytest.raises(UserError, match="could not be downloaded .*corrupted.*by hand"):
-            mnist(tmp_path / "data").read()
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])

@@ -3,23 +3,20 @@
 import math
 
 import torch
-from helpers import a_config, images, perturb, ready, seeded
+from helpers import images, seeded, tiny_flow
 from torch import nn
 
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.evaluation.layers import first_non_finite, log_scale_ranges
-from flowtrain.flow.dequantize import draw_noise
 
 
 def variational_flow(model="glow", shape=(1, 4, 4)):
-    dequantization = {"name": "variational", "steps": 4, "width": 6}
-    flow = build_flow(a_config(model, dequantization=dequantization), shape, 256)
-    return ready(perturb(flow, 0.05))
+    noise = {"name": "variational", "steps": 4, "width": 6}
+    return tiny_flow(model, shape, scale=0.05, noise=noise)
 
 
 def test_layers_are_named_those_of_the_noise_too():
     flow = variational_flow()
-    x, noise = images(4, flow.shape), draw_noise((4, *flow.shape), seeded(), torch.device("cpu"))
+    x, noise = images(4, flow.shape), torch.rand((4, *flow.shape), generator=seeded())
     # of a single pixel a checkerboard keeps all, or nothing
     for each, count in ((flow, 4), (variational_flow("planar", (1, 1, 1)), 2)):
         part = (slice(None), slice(None), *(slice(side) for side in each.shape[1:]))

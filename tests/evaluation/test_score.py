@@ -5,16 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from coding_helpers import affine_flow
 from helpers import tiny_flow
 
-from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
 from flowtrain.data.splits import Split
 from flowtrain.errors import UserError
 from flowtrain.evaluation import score as scoring
 from flowtrain.evaluation.evaluate import summarize
 from flowtrain.evaluation.score import Scores, mean_loss, score
-from flowtrain.flow.dequantize import Dequantizer, UniformNoise
-from flowtrain.flow.flow import Flow
+from flowtrain.flow.dequantize import UniformNoise
 from flowtrain.system import capacity
 from flowtrain.system.random import Stream, uniform
 
@@ -32,13 +31,8 @@ class AllOfTheBin(UniformNoise):
 
 @pytest.fixture(scope="module")
 def flow():
-    """`z = SCALE * (y - 1/2) + SHIFT` in every entry, with a normal base."""
-    affine = DiagonalAffine(SHAPE)
-    with torch.no_grad():
-        affine.log_scale.fill_(8 * math.atanh(math.log(SCALE) / 8))
-        affine.shift.fill_(SHIFT)
-    dequantizer = Dequantizer(LEVELS, noise_model=AllOfTheBin())
-    found = Flow(Sequential(affine, Flatten(SHAPE)), dequantizer, SHAPE)
+    found = affine_flow(SHAPE, LEVELS, SCALE, SHIFT)
+    found.dequantizer.noise_model = AllOfTheBin()
     return found.double().requires_grad_(False)
 
 

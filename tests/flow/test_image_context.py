@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from helpers import a_config, images, seeded, tiny_flow
+from helpers import images, seeded, tiny_flow
 from PIL import Image
 
 from flowtrain.bijections.execution import LayerByLayer, call
-from flowtrain.checkpoints.build import build_flow
-from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.nets.convolution import channels_of, resized
@@ -58,26 +56,6 @@ def test_at_each_resolution_all_of_a_context_is_there(size):
     by_place = resized(torch.arange(8.0)[None, None, :, None].expand(1, 1, 8, 4), size)
     rows = torch.arange(size[0]) * 8 // size[0]
     assert torch.equal(by_place[0].amin(dim=(0, 2)), rows.float())
-
-
-GREY, QUARTER = {"context": "grey"}, {"context": "downsample", "context_factor": 4}
-
-
-@pytest.mark.parametrize(
-    "name, options, shape, levels, said",
-    [
-        ("glow", GREY, (1, 8, 8), 256, "model.context: grey needs images with 3 channels"),
-        ("glow", QUARTER, (3, 8, 6), 256, "context_factor: 4 does not divide both sides of"),
-        ("glow", {**GREY, "classes": 3}, SHAPE, 256, "model.context: grey, and model.classes"),
-        ("glow", GREY, (2, 1, 1), None, "model.context: grey is of images"),
-        ("nice", GREY, SHAPE, 256, "for causal, glow, realnvp"),
-        ("causal", {**GREY, "token": 4}, (3, 8, 6), 256, "4, but with model.context both sides of"),
-    ],
-)
-def test_what_has_no_context_is_refused(name, options, shape, levels, said):
-    options = {"levels": 1, **options} if name == "glow" else options
-    with pytest.raises(UserError, match=said):
-        build_flow(a_config({"name": name, **options}), shape, levels)
 
 
 @pytest.mark.parametrize("kind, shape, q", [("grey", (3, 1, 2), 3), ("downsample", (1, 2, 2), 4)])

@@ -3,14 +3,12 @@
 import pytest
 import torch
 from catalogue import TINY
-from helpers import a_config, images, perturb, ready, seeded
+from helpers import images, perturb, seeded, tiny_flow
 from torch.distributions import MultivariateNormal, Normal
 
 from flowtrain.bijections import Bijection
-from flowtrain.checkpoints.build import build_flow
-from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassContext, ClassPrior
-from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer
+from flowtrain.flow.dequantize import GaussianDequantizer
 from flowtrain.flow.flow import Flow
 from flowtrain.pictures.sample import sample
 from flowtrain.system.random import Stream, generator
@@ -86,15 +84,12 @@ def test_denoised_samples_are_decoded_and_moved():
     assert torch.equal(flow.decode(z, denoise=True), expected)
     assert torch.equal(flow.sample(6, generator=seeded(), denoise=True), expected)
     assert not torch.equal(flow.decode(z), expected)
-    nice = ready(build_flow(a_config("nice"), (1, 4, 4), 256))
     with pytest.raises(ValueError, match="not trained with Gaussian noise"):
-        nice.sample(1, denoise=True)
+        tiny_flow("nice").sample(1, denoise=True)
 
 
 def test_samples_given_a_context_are_denoised():
-    model = {"name": "glow", **TINY["glow"], "context": "downsample"}
-    config = a_config(model, dequantization={"name": "gaussian", "sigma": 0.1})
-    flow = ready(perturb(build_flow(config, (1, 4, 4), 256)))
+    flow = tiny_flow(context="downsample", noise={"name": "gaussian", "sigma": 0.1})
     contexts = images(2, (1, 2, 2))
     z = flow.draw_latents(3, generator(0, Stream.LATENTS)).repeat(2, 1)
     expected = flow.decode(z, denoise=True, context=contexts.repeat_interleave(3, dim=0))
@@ -127,9 +122,8 @@ def test_the_noise_is_finite_and_images_come_back():
 
 @pytest.mark.parametrize("model", sorted(TINY.keys() - {"causal", "cnf"}))
 def test_every_model_of_images_can_be_denoised(model):
-    noisy = {"name": "gaussian", "sigma": 0.1}
-    flow = build_flow(a_config(model, dequantization=noisy), (1, 4, 4), 256)
-    flow = ready(perturb(flow)).eval().requires_grad_(False).double()
+    flow = tiny_flow(model, noise={"name": "gaussian", "sigma": 0.1})
+    flow = flow.eval().requires_grad_(False).double()
     v = flow.dequantizer(images(3, (1, 4, 4)), torch.full((3, 1, 4, 4), 0.3))[0].double()
     i, step = (1, 0, 2, 3), 1e-5  # the gradient along one entry, by a difference
     moved = torch.zeros_like(v)
@@ -141,18 +135,3 @@ def test_every_model_of_images_can_be_denoised(model):
     slope = (ends[0] - ends[1]) / (2 * step)
     found = (flow.denoised(v) - v)[i].item()
     assert found == pytest.approx(0.1**2 * slope.item(), rel=1e-4, abs=1e-7)
-
-
-@pytest.mark.parametrize(
-    "model, options, shape, levels, message",
-    [
-        ("nice", {"transform": "logit"}, (1, 4, 4), 256, "dequantization.transform: logit, but Ga"),
-        ("causal", {}, (1, 4, 4), 256, "gaussian, but the likelihood of causal does not depend on"),
-        ("nice", {}, (2, 1, 1), None, "real-valued data have no levels"),
-    ],
-)
-def test_options_that_do_not_fit_gaussian_noise(model, options, shape, levels, message):
-    assert type(build_flow(a_config("nice"), (1, 4, 4), 256).dequantizer) is Dequantizer
-    with pytest.raises(UserError, match=message):
-        config = a_config(model, dequantization={"name": "gaussian", **options})
-        build_flow(config, shape, levels)

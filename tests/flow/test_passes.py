@@ -3,13 +3,11 @@
 import pytest
 import torch
 from catalogue import TINY
-from helpers import images, seeded, tiny_flow
+from helpers import CPU, images, seeded, tiny_flow
 
 from flowtrain.flow import passes
 from flowtrain.flow.passes import fitting_batch_size, largest_activation, sampling_batch_size
 from flowtrain.system import capacity
-
-CPU = torch.device("cpu")
 
 
 def test_the_batch_is_chosen_by_memory(monkeypatch):

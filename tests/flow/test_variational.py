@@ -5,13 +5,11 @@ import math
 
 import pytest
 import torch
-from helpers import a_config, images, perturb, seeded
+from helpers import images, perturb, seeded, tiny_flow
 from torch import nn
 
 from flowtrain.bijections.memory import executor_of
-from flowtrain.checkpoints.build import build_flow
-from flowtrain.flow.dequantize import EDGE, Dequantizer, draw_noise
-from flowtrain.flow.flow import initialize
+from flowtrain.flow.dequantize import EDGE, Dequantizer
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.nets.convolution import Conv2d, ZeroConv2d
 
@@ -27,13 +25,9 @@ def noise_model(shape, scale=0.2):
     return perturb(VariationalNoise(shape, steps=4, width=6), scale)
 
 
-def variational_flow(model="glow", shape=(1, 4, 4), q=256, scale=0.2):
-    """`helpers.tiny_flow`, with learned noise."""
-    config = a_config(model, dequantization={"name": "variational", "steps": 4, "width": 6})
-    flow = perturb(build_flow(config, shape, q), scale)
-    x = images(64, shape, q)
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
-    return flow
+def variational_flow(model="glow", shape=(1, 4, 4), scale=0.2):
+    noise = {"name": "variational", "steps": 4, "width": 6}
+    return tiny_flow(model, shape, scale=scale, noise=noise)
 
 
 def scaled(x, levels=256):
@@ -110,7 +104,7 @@ def test_the_density_goes_into_the_bound():
 
 def gradients(flow, mode="store", bf16=False):
     x = images(4, flow.shape, flow.num_bins)
-    noise = draw_noise(x.shape, seeded(1), x.device)
+    noise = torch.rand(x.shape, generator=seeded(1))
     flow.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         total = flow(x, noise, executor=executor_of(mode)).total

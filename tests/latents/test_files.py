@@ -9,15 +9,13 @@ import pytest
 import torch
 from catalogue import CAUSAL, sets
 from cli_helpers import quick, tree
-from helpers import a_config, images, npz, tiny_flow
+from helpers import CPU, a_config, images, npz, tiny_flow
 from PIL import Image
 
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.latents import encoding, files
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

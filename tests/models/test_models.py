@@ -1,4 +1,4 @@
-"""Every model: its size, its geometry, its start, and the losses of five steps.
+"""Every model: its size, its geometry and options, its start, and the losses of five steps.
 
 `PYTHONPATH=tests python tests/models/test_models.py` prints the golden losses anew.
 """
@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from catalogue import SPHERE, TINY, TORUS
-from helpers import a_config, images, seeded, tiny_flow
+from helpers import a_config, images, initialized, tiny_flow
 
 from flowtrain import bijections as b
 from flowtrain import config as configuration
@@ -20,8 +20,6 @@ from flowtrain.bijections.execution import call
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
 from flowtrain.evaluation.layers import Watching, layers_of
-from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
 from flowtrain.models import base, causal, glow, jet, nice, realnvp, sphere, tarflow, torus
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
@@ -110,6 +108,36 @@ def test_impossible_geometry(model, shape, options, message):
         model.build(shape, **given(options))
 
 
+@pytest.mark.parametrize(
+    "model, noise, shape, levels, message",
+    [
+        ("causal", "", (1, 4, 4), None, "model.name: causal is a model of the levels of images"),
+        ("sphere", "", (3, 1, 1), 256, "model.name: sphere is for real-valued data, these have"),
+        # noise
+        ("causal", "name=variational", (1, 4, 4), 256, "name: variational, but the likelihood of"),
+        ("causal", "name=gaussian", (1, 4, 4), 256, "gaussian, but the likelihood of causal"),
+        ("causal", "transform=logit", (1, 4, 4), 256, "transform: logit, but causal reads the"),
+        ("nice", "name=gaussian transform=logit", (1, 4, 4), 256, "transform: logit, but Ga"),
+        ("nice", "name=gaussian", (2, 1, 1), None, "real-valued data have no levels"),
+        ("nice", "transform=logit", (2, 1, 1), None, "dequantization: real-valued"),
+        # a part of the image, and its class
+        ("glow levels=1 context=grey", "", (1, 8, 8), 256, "grey needs images with 3 channels"),
+        ("glow levels=1 context=grey classes=3", "", (3, 8, 8), 256, "grey, and model.classes"),
+        ("glow levels=1 context=grey", "", (2, 1, 1), None, "model.context: grey is of images"),
+        ("glow levels=1 context=downsample context_factor=4", "", (3, 8, 6), 256, "4 does not"),
+        ("nice context=grey", "", (3, 8, 8), 256, "for causal, glow, realnvp"),
+        ("causal token=4 context=grey", "", (3, 8, 6), 256, "4, but with model.context both sides"),
+        ("glow classes=3 label_dropout=0.1", "", (1, 4, 4), 256, "networks of glow do not see the"),
+        ("causal label_dropout=0.1", "", (1, 4, 4), 256, "label_dropout: 0.1, but .*set model.cl"),
+    ],
+)
+def test_options_that_do_not_fit(model, noise, shape, levels, message):
+    name, _, options = model.partition(" ")
+    with pytest.raises(UserError, match=message):
+        section = {"name": name, **TINY.get(name, {}), **given(options)}
+        build_flow(a_config(section, dequantization=given(noise)), shape, levels)
+
+
 @pytest.mark.parametrize("split", ["channel", "checkerboard", "mixed"])
 def test_glow_learns_at_a_single_pixel_too(split):
     """A checkerboard would not change a single pixel, or not see it."""
@@ -121,9 +149,8 @@ def test_glow_learns_at_a_single_pixel_too(split):
 # A causal model maps data to normal numbers.
 @pytest.mark.parametrize("name", [*sorted(TINY.keys() - {"causal", "cnf"}), CNF])
 def test_layers_start_as_the_identity(name):
-    flow = build_flow(a_config(name), (1, 4, 4), 256)
     x = images(16, (1, 4, 4))
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    flow = initialized(build_flow(a_config(name), (1, 4, 4), 256), x)
     seen = []
 
     def around(name, layer, direction, given, context):
@@ -212,7 +239,7 @@ def losses_of(name, transform, options, steps):
     with torch.no_grad():
         for i, parameter in enumerate(flow.parameters()):
             parameter += 0.1 * torch.sin(torch.arange(parameter.numel()) + i).view_as(parameter)
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    initialized(flow, x)
     state = State(config, flow, build_optimizers(flow, config.train), None, {})
     losses = []
     for _ in range(steps):

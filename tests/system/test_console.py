@@ -1,15 +1,11 @@
-"""How numbers are said, and progress where there is no live bar."""
+"""Progress without a live bar, and text that is printed as it is."""
 
 from types import SimpleNamespace
 
 from rich.table import Table
 
 from flowtrain.system import console
-from flowtrain.system.console import ProgressBar, counted
-
-
-def test_one_thing_and_many():
-    assert [counted(n, "sample") for n in (0, 1, 12)] == ["0 samples", "1 sample", "12 samples"]
+from flowtrain.system.console import ProgressBar
 
 
 def test_lines_of_progress_come_by_the_clock(monkeypatch, capsys):

@@ -177,18 +177,14 @@ def resumed(count, *args, first=FLOAT64):
     return out[out.index("going on from") :]
 
 
-def saved_by(run):
-    meta = checkpoint_format.read(last(run)).meta
-    return meta["step"], meta["processes"]
-
-
 def test_resumed_by_two_processes_and_by_one_again(alone):
     run = put_back(copy_of(alone, Path("r")))
     out = resumed(2, "train", *ALL, *parts(4, 4))
     same = "a step takes 32 images as before, the same ones in the same order"
     assert f"saved by 1 process of 32 x 1 images ({PARTS}), now 2 of 4 x 4: {same}" in out
     assert_close_runs(alone, run, 1e-9)
-    assert saved_by(put_back(run, 15)) == (15, 2)
+    meta = checkpoint_format.read(last(put_back(run, 15))).meta
+    assert (meta["step"], meta["processes"]) == (15, 2)
     out = resumed(1, "train", *ALL, *parts(32))
     assert f"saved by 2 processes of 4 x 4 images ({PARTS}), now 1 of 32 x 1: {same}" in out
     assert_close_runs(alone, run, 1e-9)
@@ -220,11 +216,6 @@ Batches.positions = noting
 """
 
 
-def order_of(count):
-    """The images of all steps in order, from `NOTING`."""
-    return np.concatenate([np.load(f"process-{rank}.npy") for rank in range(count)], axis=1).ravel()
-
-
 def test_resumed_with_more_images_a_step(alone):
     """The order goes on after the images that were used, as when the number of processes is all
     that is changed.
@@ -238,7 +229,8 @@ def test_resumed_with_more_images_a_step(alone):
     assert "the 10 steps left take 640 images, not 320" in out
     config = a_config(data={"name": "digits"})
     order = Batches(DataSet(config.data), config, 30 * 32, torch.device("cpu")).positions(10 * 32)
-    assert np.array_equal(order[: 10 * 64], order_of(2))
+    used = [np.load(f"process-{rank}.npy") for rank in range(2)]  # from `NOTING`
+    assert np.array_equal(order[: 10 * 64], np.concatenate(used, axis=1).ravel())
     assert summary(run)["images"] == 10 * 32 + 10 * 64
     assert losses(run)[:12] == losses(alone)[:12] and losses(run)[13] != losses(alone)[13]
 

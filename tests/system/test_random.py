@@ -33,14 +33,11 @@ def words_of(counter, key):
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN)
 def test_known_answers(counter, key, expected):
-    """Of whole numbers, of numpy, whose counter is one less, and of torch."""
+    """Of whole numbers and of torch."""
     expected = [int(word, 16) for word in expected.split()]
     halves = [half for word in expected for half in (word % 2**32, word >> 32)]
     assert words_of(counter, key) == halves
-    as_one = sum(word << 64 * i for i, word in enumerate(counter))
     key = np.array(key, np.uint64)
-    of_numpy = np.random.Philox(counter=(as_one - 1) % 2**256, key=key).random_raw(4)
-    assert of_numpy.tolist() == expected
     index = [0, 1, 2**32 - 1, 2**32, 0x243F6A8885A308D3, 2**63 - 1]
     for draw in (0, 1, 2**32 - 1):
         found = philox(torch.tensor(index), draw, key).tolist()

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from cli_helpers import quick
-from helpers import npz
+from helpers import CPU, npz
 from PIL import Image
 
 from flowtrain.cli.configs import find_config
@@ -14,7 +13,6 @@ from flowtrain.errors import UserError
 from flowtrain.training import dial
 from flowtrain.training.dial_rules import FAMILIES
 
-CPU = torch.device("cpu")
 PERIODS = ("log_every", "validate_every", "checkpoint_every", "sample_every")
 
 

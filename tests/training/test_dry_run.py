@@ -7,7 +7,7 @@ import pytest
 import torch
 from catalogue import SMALL, TINY
 from cli_helpers import quick
-from helpers import a_config, compiles, images, ready
+from helpers import CPU, a_config, compiles, images, ready
 
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.memory import Mode
@@ -24,7 +24,6 @@ from flowtrain.training.optim import build_optimizers, matrices
 from flowtrain.training.state import State
 from flowtrain.training.step import reason_against, train_step
 
-CPU = torch.device("cpu")
 MARGIN = 0.05  # of the memory of a batch, from smaller ones
 
 

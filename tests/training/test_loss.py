@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch._dynamo
 from catalogue import SPHERE, TINY, TORUS
-from helpers import a_config, compiles, images, perturb, seeded
+from helpers import CPU, a_config, compiles, images, initialized, perturb, seeded
 
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import RunError, UserError
-from flowtrain.flow.flow import initialize
 from flowtrain.system import distributed
 from flowtrain.training import loss as losses
 from flowtrain.training.loss import CudaGraphStep, Loss, require_possible
@@ -18,7 +17,6 @@ from flowtrain.training.optim import build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import train_step
 
-CPU = torch.device("cpu")
 GLOW = {"name": "glow", "levels": 2, "steps": 1, "width": 4}
 CAUSAL = {"name": "causal", **TINY["causal"]}
 ATTENTION = {"attention": 1, "downsample": 1, "dropout": 0.2}
@@ -73,7 +71,7 @@ def made(model, mode="store", precision="fp32", **train):
     config = a_config(section, data, train=train, dequantization=dequantization)
     flow = perturb(build_flow(config, shape, levels))
     x = flow.kind.random((16, *shape), seeded())
-    initialize(flow, x, torch.rand(x.shape, generator=seeded(1)))
+    initialized(flow, x, seed=1)
     if precision == "fp32":
         flow = flow.double()
     labels = torch.arange(4) % 3 if flow.classes else None
@@ -137,9 +135,8 @@ def test_each_value_of_compile(value, memory, graphs, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     config = a_config({**GLOW, "steps": 3}, train={"compile": value, "memory": memory})
-    flow = perturb(build_flow(config, (1, 8, 8), 256))
     x = images(8, (1, 8, 8))
-    initialize(flow, x, torch.rand(x.shape, generator=seeded(1)))
+    flow = initialized(perturb(build_flow(config, (1, 8, 8), 256)), x, seed=1)
     plain = config.model_copy(update={"train": config.train.model_copy(update={"compile": "off"})})
     found = []
     for each in (plain, config):

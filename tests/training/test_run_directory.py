@@ -14,8 +14,8 @@ import cli_helpers
 import pytest
 import torch
 from catalogue import SMALL, TINY_RUN
-from cli_helpers import copy_of, last, left_overs, metrics, quick, summary, trained, tree
-from helpers import a_config
+from cli_helpers import last, left_overs, metrics, quick, summary, trained, tree
+from helpers import CPU, a_config
 
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.background import THREAD
@@ -26,13 +26,7 @@ from flowtrain.training import reporting, run_directory
 from flowtrain.training.loop import fit
 from flowtrain.training.run_directory import RunDirectory
 
-CPU = torch.device("cpu")
 ENDLESS = ["train", *SMALL, "train.num_steps=100_000", "train.log_every=1", "--run-dir", "r"]
-
-
-@pytest.fixture
-def run(tmp_path):
-    return copy_of(trained()["glow"], tmp_path / "runs" / "glow_digits")
 
 
 def old_summary(run):

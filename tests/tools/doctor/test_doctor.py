@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from catalogue import TINY
-from cli_helpers import copy_of, quick, trained
+from cli_helpers import quick
 from coding_helpers import loaded
-from helpers import REPOSITORY, a_config, images, npz, perturb, seeded
+from helpers import REPOSITORY, a_config, images, initialized, npz, perturb, seeded
 from torch import nn
 
 from flowtrain import config as configuration
@@ -20,8 +20,6 @@ from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import layers_of, log_scale_ranges
-from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.system.random import Stream, uniform
 from flowtrain.tools.doctor import examine as examining
@@ -59,8 +57,7 @@ def a_model(
     config = a_config(options, data=data, dequantization=dequantization or {})
     data_set = DataSet(config.data)
     flow = perturb(build_flow(config, data_set.shape, data_set.num_bins), scale)
-    x = data_set.split("train").take(slice(None))
-    initialize(flow, x, draw_noise(x.shape, seeded(), x.device))
+    initialized(flow, data_set.split("train").take(slice(None)))
     return loaded(flow, config), data_set
 
 
@@ -512,11 +509,6 @@ def test_memory_that_runs_out_and_other_data_are_no_findings(tmp_path, monkeypat
         examine(model, other)
 
 
-@pytest.fixture
-def run(tmp_path):
-    return copy_of(trained()["glow"], tmp_path / "runs" / "glow")
-
-
 def test_the_command(run, tmp_path):
     done = quick("doctor", "--num-images", 5, "--seed", 1, "--weights", "raw", cwd=tmp_path)
     done.failed(
@@ -524,12 +516,12 @@ def test_the_command(run, tmp_path):
     )  # worse than a uniform coder after 20 steps
     values = json.loads((run / "doctor.json").read_text())
     findings = values["findings"]
-    assert "wrote runs/glow/doctor.json" in done.out
+    assert "wrote runs/glow_digits/doctor.json" in done.out
     last = f"verdict: bad ({values['counts']['ok']} ok"
     assert done.out.splitlines()[-1].startswith(last)
     assert values["verdict"] == "bad" and sum(values["counts"].values()) == len(findings)
     about = ("step", "dataset", "num_images", "seed", "weights", "checkpoint")
-    expected = [20, "digits", 5, 1, "raw", "runs/glow/checkpoints/best.safetensors"]
+    expected = [20, "digits", 5, 1, "raw", "runs/glow_digits/checkpoints/best.safetensors"]
     assert [values[key] for key in about] == expected
     model = load_model(str(run), torch.device("cpu"), "raw")
     found = examined(model, DataSet(model.config.data), num_images=5, seed=1)

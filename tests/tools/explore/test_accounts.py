@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import a_config, images, perturb, seeded, tiny_flow
+from helpers import images, perturb, seeded, tiny_flow
 
 from flowtrain.bijections import AffineTransform, Coupling
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.evaluation.places import forward_by_place
-from flowtrain.flow.dequantize import draw_noise
-from flowtrain.flow.flow import initialize
 from flowtrain.nets.convolution import GlowNet
 from flowtrain.tools.explore.accounts import account
 from flowtrain.tools.explore.worker import Superseded
@@ -32,7 +29,7 @@ def prepared(name):
     model, shape, options = MODELS[name]
     flow = tiny_flow(model, shape, **options)
     x = images(1, shape)
-    return flow, x, draw_noise(x.shape, seeded(3), x.device)
+    return flow, x, torch.rand(x.shape, generator=seeded(3))
 
 
 SIZES = {
@@ -62,11 +59,8 @@ def test_the_parts_add_up(name):
     "named", [{"name": "variational", "steps": 2, "width": 4}, {"name": "gaussian", "sigma": 0.1}]
 )
 def test_other_noise(named):
-    flow = perturb(build_flow(a_config("glow", dequantization=named), (1, 4, 4), 256))
-    x = images(64, (1, 4, 4))
-    noise = draw_noise(x.shape, seeded(), x.device)
-    initialize(flow, x, noise)
-    found = account(flow, x[:1], noise[:1])
+    flow, x = tiny_flow(noise=named), images(1, (1, 4, 4))
+    found = account(flow, x, torch.rand(x.shape, generator=seeded()))
     assert (found.noise != 0) == (named["name"] == "variational")
     whole = sum(each.mean().item() for each in found.places.values()) + found.noise
     assert whole == pytest.approx(found.total, rel=1e-5)
@@ -92,7 +86,7 @@ def test_a_brighter_corner_changes_the_map_there():
     """The map of a Glow without networks is that of its places alone."""
     flow = tiny_flow("glow", (1, 4, 4), levels=1, scale=0.0)
     x = images(1, (1, 4, 4))
-    noise = draw_noise(x.shape, seeded(), x.device)
+    noise = torch.rand(x.shape, generator=seeded())
     y = x.clone()
     y[0, 0, 3, 3] ^= 255
     difference = (account(flow, x, noise).map - account(flow, y, noise).map).abs() > 1e-6

@@ -4,12 +4,11 @@ import asyncio
 import contextlib
 import io
 import json
-import struct
 import threading
-import zlib
 
 import numpy as np
 import pytest
+from coding_helpers import claiming
 from explore_helpers import TAB, TOKEN, Running, a_session, a_waiting_session, until
 from PIL import Image
 from PIL.ExifTags import Base
@@ -32,18 +31,6 @@ def png(size=(8, 8), mode="L", value=9, kind="PNG"):
     buffer = io.BytesIO()
     Image.new(mode, size, value).save(buffer, kind)
     return buffer.getvalue()
-
-
-def bomb(width, height):
-    """A PNG of a few bytes whose header has so many pixels."""
-
-    def chunk(kind, data):
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
 def head(running, topic, *lines):
@@ -305,10 +292,10 @@ def test_bad_images_are_refused(running):
         (png((90, 90), kind="JPEG")[:-90], unreadable),  # its header is sound
         (b"%!PS-Adobe\n", unknown),  # Pillow would start Ghostscript
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", unknown),
-        (bomb(2000, 2000), "too many for --max-memory"),
-        (bomb(2**31 - 1, 2**31 - 1), unreadable),
-        (bomb(20000, 20000), unreadable),
-        (bomb(1000, 1000), unreadable),
+        (claiming(png(), 2000, 2000), "too many for --max-memory"),
+        (claiming(png(), 2**31 - 1, 2**31 - 1), unreadable),
+        (claiming(png(), 20000, 20000), unreadable),
+        (claiming(png(), 1000, 1000), unreadable),
         (png((0x7FFF, 65)), "too many for --max-memory"),
     ):
         status, answer = running.post("upload", {}, raw=data)

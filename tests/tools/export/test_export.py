@@ -12,14 +12,13 @@ import torch
 from catalogue import TINY
 from cli_helpers import quick, trained, tree
 from coding_helpers import loaded
-from helpers import REPOSITORY, a_config, perturb, seeded
+from helpers import REPOSITORY, a_config, initialized, perturb, seeded
 from PIL import Image
 from torch.distributions import AffineTransform, Independent, Normal, TransformedDistribution
 
 from flowtrain import Foreign
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import RunError, UserError
-from flowtrain.flow.flow import initialize
 from flowtrain.foreign.model import ForeignModel
 from flowtrain.system import packages
 from flowtrain.tools.export import export as exporting
@@ -62,8 +61,7 @@ def a_model(family, points=False):
     shape, levels = ((2, 1, 1), None) if points else ((3, 4, 4), 256)
     config = a_config({"name": name, **TINY[name], **options}, dequantization=dequantization)
     flow = perturb(build_flow(config, shape, levels), 0.1)
-    x = flow.kind.random((64, *shape), seeded())
-    initialize(flow, x, torch.rand(x.shape, generator=seeded()))
+    initialized(flow, flow.kind.random((64, *shape), seeded()))
     return loaded(flow, config, "tiny.safetensors")
 
 

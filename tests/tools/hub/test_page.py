@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from cli_helpers import copy_of, quick, trained
+from cli_helpers import quick
+from helpers import CPU
 from PIL import Image
 from run_files import TEST
 
@@ -14,19 +15,13 @@ from flowtrain.checkpoints.load import load_model, model_hash
 from flowtrain.tools.hub import page
 
 pytestmark = pytest.mark.run
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def run(tmp_path):
-    return copy_of(trained()["glow"], tmp_path / "run")
 
 
 def test_the_page_as_the_hub_reads_it(run, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
-    push = ["push", "run", "me/digits", "--dry-run", "--out", "folder"]
+    push = ["push", "runs/glow_digits", "me/digits", "--dry-run", "--out", "folder"]
     done = quick(*push, cwd=tmp_path).ok()
-    assert "no figure of the test split: flowtrain evaluate run" in done.out
+    assert "no figure of the test split: flowtrain evaluate runs/glow_digits" in done.out
     readme = tmp_path / "folder" / "README.md"
     assert hub.ModelCard.load(readme).data.eval_results is None
     figures = {**TEST, "model": model_hash(load_model(str(run), CPU))}
@@ -67,7 +62,7 @@ def test_only_the_model_is_uploaded(run):
 def test_other_files_are_not_overwritten(run, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    push = ["push", "run", "me/digits", "--dry-run", "--out", "mine"]
+    push = ["push", "runs/glow_digits", "me/digits", "--dry-run", "--out", "mine"]
     for name in ("README.md", "config.yaml"):
         (folder / name).write_text("mine")
         done = quick(*push, cwd=tmp_path)

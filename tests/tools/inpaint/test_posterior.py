@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from catalogue import TINY
-from helpers import a_config, agrees, images, perturb, seeded, tiny_flow
+from helpers import agrees, images, seeded, tiny_flow
 from torch import nn
 
 from flowtrain.bijections.base import Bijection
 from flowtrain.bijections.ordinal import discrete_model
-from flowtrain.checkpoints.build import build_flow
 from flowtrain.errors import UserError
 from flowtrain.flow.dequantize import Dequantizer, GaussianDequantizer, RealValued
-from flowtrain.flow.flow import Flow, initialize
+from flowtrain.flow.flow import Flow
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.tools.inpaint import posterior
 from flowtrain.tools.inpaint.constraints import Averages, Pixels
@@ -48,15 +47,6 @@ def gaussian(shape, levels, sd, seed=0):
     return flow, mean + 0.5, torch.linalg.inv(matrix.T @ matrix / sd**2)
 
 
-def assert_moments(found, mean, covariance):
-    """Samples `(N, D)` are of a Gaussian, within errors."""
-    error = (found.mean(0) - mean) / (covariance.diagonal() / len(found)).sqrt()
-    assert error.abs().max() < 4
-    scale = covariance.diagonal().sqrt()
-    difference = (found.T.cov() - covariance) / (scale[:, None] * scale)
-    assert difference.abs().max() < 5 / len(found) ** 0.5
-
-
 # From random images, so narrow a density as the second would not be found in so few moves.
 @pytest.mark.parametrize("of, sd", [("pixels", 0.06), ("pixels", 0.006), ("averages", 0.06)])
 def test_an_image_of_a_gaussian(of, sd):
@@ -82,7 +72,12 @@ def test_an_image_of_a_gaussian(of, sd):
     cells = torch.eye(len(mean)) + (gain @ gain.T if of == "pixels" else 0)
     rest = covariance - gain @ linear @ covariance + cells / 12 / 256**2
     y = (found.x.flatten(1) + 0.5) / 256
-    assert_moments(y[:, free], expected[free], rest[free][:, free])
+    found, mean, covariance = y[:, free], expected[free], rest[free][:, free]
+    error = (found.mean(0) - mean) / (covariance.diagonal() / len(found)).sqrt()
+    assert error.abs().max() < 4
+    scale = covariance.diagonal().sqrt()
+    difference = (found.T.cov() - covariance) / (scale[:, None] * scale)
+    assert difference.abs().max() < 5 / len(found) ** 0.5
 
 
 def test_the_effective_size_is_of_missing_entries():
@@ -242,9 +237,7 @@ def test_every_model_of_images_has_a_posterior(name):
 @pytest.mark.parametrize("model", ["nice", "causal"])
 @pytest.mark.run  # takes long
 def test_the_class_of_the_image(model):
-    config = a_config({"name": model, **TINY[model], "classes": 2})
-    flow, x = perturb(build_flow(config, SQUARE, 3), 0.5), images(1, SQUARE, 3)[0]
-    initialize(flow, images(64, SQUARE, 3), torch.rand(64, *SQUARE, generator=seeded()))
+    flow, x = tiny_flow(model, SQUARE, 3, scale=0.5, classes=2), images(1, SQUARE, 3)[0]
     constraint = Pixels(x, torch.tensor([[[True, False], [True, False]]]), 3)
     a, b = (sample(flow.eval(), constraint, 20, 6, 0, label) for label in (0, 1))
     assert not torch.equal(a.x, b.x)

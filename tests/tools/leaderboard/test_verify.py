@@ -6,10 +6,9 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from catalogue import TINY_RUN, sets
 from cli_helpers import copy_of, metrics, quick, summary
-from helpers import SHARED, npz
+from helpers import CPU, SHARED, npz
 from torch.utils.tensorboard import SummaryWriter
 
 from flowtrain.checkpoints.format import write
@@ -20,8 +19,6 @@ from flowtrain.errors import UserError
 from flowtrain.flow.dequantize import GaussianDequantizer
 from flowtrain.tools.leaderboard import verify as verifying
 from flowtrain.tools.leaderboard.verify import Benchmark, identity, verify
-
-CPU = torch.device("cpu")
 
 
 def dataset(section):

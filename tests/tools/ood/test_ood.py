@@ -8,14 +8,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from cli_helpers import quick, trained
-from coding_helpers import loaded
+from coding_helpers import Spoiled, loaded
 from helpers import a_config, images, npz, tiny_flow
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
-from flowtrain.bijections import Bijection
 from flowtrain.data.splits import DataSet
 from flowtrain.datasets.base import resize
 from flowtrain.errors import RunError, UserError
@@ -44,17 +41,16 @@ def compared(model, *names, **options):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_auroc_is_that_of_scikit_learn(ties):
+def test_auroc(ties):
     rng = np.random.default_rng(0)
     inside, outside = rng.normal(0, 1, 40), rng.normal(0.7, 2, 25)
     if ties:
         inside, outside = inside.round(), outside.round()
     area, error = auroc(inside, outside)
-    assert area == pytest.approx(roc_auc_score([0] * 40 + [1] * 25, [*inside, *outside]))
     # DeLong et al. 1988, equations 3 to 5, as they stand.
     wins = (outside[:, None] > inside) + 0.5 * (outside[:, None] == inside)
     expected = wins.mean(axis=1).var(ddof=1) / 25 + wins.mean(axis=0).var(ddof=1) / 40
-    assert error == pytest.approx(math.sqrt(expected))
+    assert (area, error) == pytest.approx((wins.mean(), math.sqrt(expected)))
     assert auroc(np.array([1.0, 2.0]), np.array([1.5])) == (0.5, None)
 
 
@@ -235,23 +231,11 @@ def test_a_density_has_no_bits():
     assert described["bits_per_dim"] is described["bits_per_dim_stderr"] is None
 
 
-class Spoiled(Bijection):
-    """Not finite where the first pixel is black."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x, context=None):
-        z, log_det = self.inner(x)
-        return z, torch.where(x[:, 0, 0, 0] < -0.5 + 1 / 256, torch.nan, log_det)
-
-
 @pytest.mark.run  # takes long
 @pytest.mark.parametrize("black", ["outside", "inside", "reference"])
 def test_likelihoods_that_are_not_finite(tmp_path, black):
     model = a_model(tmp_path)
-    model.flow.bijection = Spoiled(model.flow.bijection)
+    model.flow.bijection = Spoiled(model.flow.bijection, lambda pixel: pixel < -0.5 + 1 / 256)
     x = images(6, (1, 4, 4)).numpy() // 2 + 1
     splits = {"reference": "validation", "inside": "test", "outside": None}
     collections = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from catalogue import sets
 from cli_helpers import Forked, metrics, quick, report_of, summary, wait_for_step
-from helpers import a_config
+from helpers import CPU, a_config
 from run_files import a_run, validation_row
 
 from flowtrain.errors import Interrupted, UserError
@@ -21,7 +21,6 @@ from flowtrain.tools.sweep.plan import begin, planned
 from flowtrain.tools.sweep.trials import Result
 from flowtrain.tools.sweep.work import Sweep, environments
 
-CPU = torch.device("cpu")
 KILLED = Path(__file__).with_name("killed.py")
 
 

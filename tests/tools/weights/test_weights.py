@@ -1,4 +1,6 @@
-"""Models of other projects, made by `make.py`: their log-probabilities and images are the same."""
+"""Models of other projects: their log-probabilities and images are the same. Fixtures are weights,
+images and results of the projects' own code, by `make.py` of commit 08f3465 in this folder.
+"""
 
 import json
 import math
