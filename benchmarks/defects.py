@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.decomposition import PCA
-from sklearn.metrics import roc_auc_score
 from torch.nn.functional import avg_pool2d
 from torchvision.datasets import MNIST
 
 import flowtrain
 from flowtrain.evaluation.heat import HeatMaps, picture
 from flowtrain.pictures.grid import png
+from flowtrain.tools.ood.auroc import auroc
 from flowtrain.tools.ood.images import Collection
 from flowtrain.tools.ood.scores import scored
 
@@ -68,11 +68,6 @@ def smoothed(maps: np.ndarray) -> np.ndarray:
     return heat[:, 0].numpy()
 
 
-def area(inside: np.ndarray, outside: np.ndarray) -> float:
-    both = np.concatenate([inside.ravel(), outside.ravel()])
-    return float(roc_auc_score(np.repeat([0, 1], [inside.size, outside.size]), both))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -110,9 +105,10 @@ def main() -> None:
     for kind in KINDS:
         x, masks = with_defects(test[count : 2 * count], kind, digits)
         bad, bad_residual = found(x), residual(x)
-        by_pixel = [area(h[~masks], h[masks]) for h in (bad.heat, bad_residual)]
-        by_image = [area(usual.scores[name], bad.scores[name]) for name in names]
-        by_image.append(area(usual_residual.max(axis=(1, 2)), bad_residual.max(axis=(1, 2))))
+        by_pixel = [auroc(h[~masks], h[masks]).auroc for h in (bad.heat, bad_residual)]
+        by_image = [auroc(usual.scores[name], bad.scores[name]).auroc for name in names]
+        largest = (each.max(axis=(1, 2)) for each in (usual_residual, bad_residual))
+        by_image.append(auroc(*largest).auroc)
         print(f"{kind:14s} " + "  ".join(f"{each:.3f}" for each in (*by_pixel, *by_image)))
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)

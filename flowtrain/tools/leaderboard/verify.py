@@ -119,7 +119,7 @@ def verify(
         for bits in benchmark.targets
     }
     return Verified(
-        run=run.name,
+        run=run.resolve().name,
         model=model.config.model.name,
         data=benchmark.title,
         test=test,

@@ -51,7 +51,9 @@ class Detector:
     def _array(self, x: Batch) -> np.ndarray:
         examples = as_tensor(x, self.flow.shape, self.flow.num_bins)
         self.flow.dequantizer.check(examples)
-        return examples.cpu().numpy()
+        array = examples.cpu().numpy()
+        # The complexity is that of an image file, which stores wider integers in another way.
+        return array if self.flow.num_bins is None else array.astype(np.uint8)
 
     def _scored(self, x: Batch, entropy: float | None) -> Scored:
         array = self._array(x)

@@ -149,7 +149,8 @@ def pictures(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
         images = torch.from_numpy(scored.collection.images).split(1)
         for x, heat, name in zip(images, scored.heat, names_of(scored), strict=True):
             stem = f"{scored.collection.name}-{name.removesuffix('.png')}"
-            stem = re.sub(r"[^\w.-]+", "_", stem).lstrip("._")
+            # A file name has at most 255 bytes, and a letter up to four.
+            stem = re.sub(r"[^\w.-]+", "_", stem)[-60:].lstrip("._")
             file = stem
             while file in taken:  # `a b.png` and `a_b.png`
                 file = f"{file}-{len(taken)}"

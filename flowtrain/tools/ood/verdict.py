@@ -1,8 +1,9 @@
 """Verdicts: p-values against held-out images, and the measured rate of false positives.
 
-An image like the held-out ones has a p-value of at most alpha with probability at most alpha,
-whatever the score and the model (conformal prediction; Bates et al. 2023, "Testing for Outliers
-with Conformal p-values", arXiv:2104.08279, equation 2).
+An image like the held-out ones has a p-value of at most alpha with probability at most alpha, for
+any model, and any score that does not depend on the held-out images (conformal prediction; Bates et
+al. 2023, "Testing for Outliers with Conformal p-values", arXiv:2104.08279, equation 2). Typicality
+depends on them by its H, so its rate is slightly higher.
 """
 
 import math

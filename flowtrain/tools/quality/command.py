@@ -71,7 +71,13 @@ def quality(
         ),
     ] = None,
     num_images: Annotated[
-        int, typer.Option("--num-images", min=1, metavar="N", help="Number of samples.")
+        int,
+        typer.Option(
+            "--num-images",
+            min=1,
+            metavar="N",
+            help="Number of samples; of --images, at most so many.",
+        ),
     ] = 5000,
     temperature: Annotated[
         float, typer.Option(min=0, metavar="T", help="Sampling temperature.")

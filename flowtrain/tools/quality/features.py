@@ -78,6 +78,8 @@ def load(name: str, shape: Shape, device: torch.device) -> Network:
     fidelity = torch_fidelity()
     if name == INCEPTION:
         return _inception(fidelity, device)
+    if name not in SHAPES:
+        raise UserError(f"features {name}: expected {', '.join([INCEPTION, *SHAPES])}")
     if shape != SHAPES[name]:
         raise UserError(
             f"features {name} are of images of shape {SHAPES[name]}, not {shape}: --features "

@@ -216,7 +216,7 @@ def _unusual(flow: Flow, data: DataSet, num_images: int, seed: int) -> Tensor:
     x = data.split("test").sample(num_images, seed).take(slice(None))
     heat = heat_maps(x.numpy())
     worst = (-heat.max(axis=(1, 2))).argsort()[:SHOWN]
-    return heat_picture(x[worst], heat[worst], num_bins, SHOWN)
+    return heat_picture(x[worst], heat[worst], num_bins, len(worst))
 
 
 def _neighbours(flow: Flow, data: DataSet, seed: int) -> dict[str, Any]:

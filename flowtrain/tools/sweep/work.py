@@ -133,7 +133,8 @@ class Sweep:
         """The exit code of a command, which holds the claim of its trial as long as it runs."""
         process = subprocess.Popen(
             [sys.executable, "-m", "flowtrain", *words],
-            env={**os.environ, **environment},
+            # With the number of torchrun, the command would wait for other processes.
+            env={**os.environ, **environment, "WORLD_SIZE": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=[claim],

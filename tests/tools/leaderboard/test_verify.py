@@ -60,13 +60,15 @@ def edit(path, **changes):
 
 
 @pytest.mark.run
-def test_a_sound_run(run):
+def test_a_sound_run(run, monkeypatch):
     found, mirrored = verified(run), verified(run, mirror=True)
     evaluated = json.loads((run / "evaluate-test.json").read_text())
     assert found.test.loss == evaluated["loss"] != mirrored.test.loss
     assert found.reached[1] is None and 0 < found.reached[9] < found.seconds
     assert found.row.startswith(f"| `run` | glow | noise | {found.test.loss:.3f} +- ")
     assert "elbo, mirrored" in mirrored.row and " thread" in found.row
+    monkeypatch.chdir(run)
+    assert verified(".").row == found.row
     edit(run / "summary.json", machine="A processor", parameters=1)
     edited = verified(run)
     assert "A processor, " in edited.row and edited.parameters == found.parameters > 1

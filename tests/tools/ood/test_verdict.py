@@ -74,6 +74,8 @@ def test_the_detector():
     assert np.array_equal(detector.heat(x[40:]), maps(x[40:].numpy()))
     largest = [maps(part.numpy()).max(axis=(1, 2)) for part in (held_out, x[40:])]
     assert np.array_equal(detector.p_values(x[40:]), p_values(*largest))
+    wide = Detector(flow, held_out.int())  # the complexity is of bytes
+    assert np.array_equal(wide.p_values(x[40:].long()), Detector(flow, held_out).p_values(x[40:]))
     typical = Detector(flow, held_out, score="typicality")
     parts = (Split(part.numpy(), np.arange(len(part))) for part in (held_out, x[40:]))
     loss = [-score(flow, part).log_prob for part in parts]
@@ -138,13 +140,14 @@ def test_the_command(tmp_path):
 
 
 def test_the_names_of_heat_maps_differ():
-    names = ["a b.png", "a_b-3.png", "a_b.png", "a/b.png"]
-    collection = Collection("photos", images(4, (1, 4, 4)).numpy(), np.arange(4), names=names)
+    names = ["a b.png", "a_b-3.png", "a_b.png", "a/b.png", 80 * "x" + ".png"]
+    collection = Collection("photos", images(5, (1, 4, 4)).numpy(), np.arange(5), names=names)
     flow = tiny_flow("glow", (1, 4, 4))
-    scored = Scored(collection, np.zeros(4), 0.0, flow.kind, np.zeros((4, 4, 4)))
+    scored = Scored(collection, np.zeros(5), 0.0, flow.kind, np.zeros((5, 4, 4)))
     model = SimpleNamespace(flow=flow)
     found = [name for name, _ in pictures(Comparison(model, 0, scored, scored, [scored], "local"))]
-    assert found == [f"photos-a_b{end}.png" for end in ("", "-3", "-2", "-3-3")]
+    expected = [f"photos-a_b{end}.png" for end in ("", "-3", "-2", "-3-3")]
+    assert found == [*expected, 60 * "x" + ".png"]  # the end of a long one
 
 
 @pytest.mark.run

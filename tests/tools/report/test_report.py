@@ -244,6 +244,8 @@ def test_a_figure_of_another_model_and_a_film_of_samples(digits, tmp_path):
     assert "best.safetensors --data 'my photos' --weights raw measures" in page.text
     assert "not in it: paths" not in done.out
     assert page.picture("Paths between test images").shape[2] >= 800
+    heat = page.picture("Test images above their heat maps")
+    assert heat.shape[1] > heat.shape[2]  # of a single image
     (moving,) = (image for image in page.all("img") if image["src"].startswith("data:image/gif"))
     film = Image.open(io.BytesIO(base64.b64decode(moving["src"].partition(",")[2])))
     files = sorted((run / "samples").glob("*.png"))
