@@ -583,6 +583,8 @@ def test_logistic_to_normal_gives_the_logistic_density():
     z = torch.tensor([-1e3, -30.0, -12.0, 0.0, 12.0, 30.0, 1e3])[:, None]
     for x, log_det in (b.LogisticToNormal().inverse(z), b.LogisticToNormal()(1e3 * z)):
         assert torch.isfinite(x).all() and torch.isfinite(log_det).all()
+    x = torch.tensor([[-1e4], [-800.0], [-81.0], [79.0], [90.0]])
+    near(b.LogisticToNormal().inverse(b.LogisticToNormal()(x)[0])[0], x, 1e-5)
     x = torch.tensor([[-1e4], [0.0], [1e4]], requires_grad=True)
     z, log_det = b.LogisticToNormal()(x)
     (z.sum() + log_det.sum()).backward()
