@@ -40,7 +40,7 @@ def as_tensor(batch: Batch, shape: Shape, num_bins: int | None) -> Tensor:
         elif batch.shape[1:] == tuple(size) and channels == 1:
             batch = batch[:, None]
         batch = torch.from_numpy(np.ascontiguousarray(batch))
-    if tuple(batch.shape[1:]) != shape or batch.ndim != 4:
+    if tuple(batch.shape[1:]) != shape or batch.ndim != 4 or not len(batch):
         raise ValueError(
             f"expected images of shape (B, {', '.join(map(str, shape))}), got {tuple(batch.shape)}"
         )
@@ -59,11 +59,12 @@ def checked_labels(labels: Labels, classes: int, count: int) -> Tensor:
         raise ValueError(f"expected {count} labels, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"expected integers as labels, got {labels.dtype}")
+    labels = labels.long()  # torch has no extremes of uint16
     if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"expected classes in 0..{classes - 1}, got {sorted(set(labels.tolist()))}"
         )
-    return labels.long()
+    return labels
 
 
 def _pixels(image: Image.Image, shape: Shape, num_bins: int | None) -> np.ndarray:

@@ -56,7 +56,7 @@ def test_a_flow_takes_arrays_and_lists():
     labels, z = torch.tensor([2, 0, 1]), flow.encode(x)
     assert torch.equal(flow.log_prob(x.numpy(), seeded(0)), flow.log_prob(x, seeded(0)))
     assert torch.equal(flow.encode(x.numpy()), z)
-    assert torch.equal(flow.decode(z.double().numpy()), x)
+    assert all(torch.equal(flow.decode(each), x) for each in (z.double(), z.double().numpy()))
     with pytest.raises(ValueError, match="expected images of shape"):
         flow.log_prob(np.zeros((2, 3, 3), np.uint8))
     for use in (
@@ -64,5 +64,6 @@ def test_a_flow_takes_arrays_and_lists():
         lambda labels: flow.sample(3, 1.0, seeded(0), labels),
         lambda labels: flow.sample_with_log_prob(3, 1.0, seeded(0), labels)[1],
     ):
-        for given in ([2, 0, 1], labels.numpy(), labels.byte()):  # as many as classes
+        # The last would be a mask of the three classes.
+        for given in ([2, 0, 1], labels.numpy(), labels.to(torch.uint16), labels.byte()):
             assert torch.equal(use(given), use(labels))
