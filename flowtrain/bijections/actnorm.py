@@ -55,10 +55,8 @@ class ActNorm(DataDependentInit, DiagonalAffine):
         # Statistics over the batch and every dimension in which the parameters are broadcast.
         dims = [0] + [i + 1 for i, n in enumerate(self.log_scale.shape) if n == 1]
         std, mean = torch.std_mean(x, dim=dims, keepdim=True, correction=0)
-        if std.numel() == x.numel():
-            std = torch.ones_like(std)  # a single value has no variance
-        limit = torch.finfo(std.dtype).tiny
-        self.log_scale.copy_(unbounded(-std.clamp_min(limit).log(), LOG_SCALE_LIMIT)[0])
+        std = torch.where(std > 0, std, 1.0)  # a value may be rare in the batch, or alone
+        self.log_scale.copy_(unbounded(-std.log(), LOG_SCALE_LIMIT)[0])
         self.shift.copy_(-mean[0] * self.bounded_log_scale().exp())
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,8 @@ class DiscretizedMixture:
         f_edge = ((edge[:, None] - offsets * sign[:, None]) * inverse_scales).sigmoid()
         tail = (weights * f_edge).sum(dim=1) * (1 - self.uniform)
         tail = tail + beyond * (self.uniform / self.num_bins)
-        tail = (tail + share * log_prob.exp()).clamp(max=1 - torch.finfo(x.dtype).eps)
+        info = torch.finfo(x.dtype)  # shares of 0 and 1 have no finite latents
+        tail = (tail + share * log_prob.exp()).clamp(info.tiny, 1 - info.eps)
         z = sign * torch.special.ndtri(tail)
         return z, log_prob + 0.5 * z.square() + math.log(ROOT_TAU)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from flowtrain.errors import RunError, UserError, is_disk_full, short, shown
 from flowtrain.system.files import open_regular
@@ -196,15 +196,16 @@ class Unreadable(UserError):
 def resize(image: Image.Image, shape: Shape, policy: Policy) -> np.ndarray:
     """An image as uint8 of `shape` (C, H, W), 0..255, where C is 1 (luma) or 3 (RGB).
 
-    The EXIF orientation is applied, and transparency composited on white. 16-bit grey keeps its
-    upper 8 bits, and a palette or CMYK becomes RGB. `crop` resamples the largest centred part with
-    the right aspect ratio (Lanczos, antialiased), `stretch` the whole image. `exact` keeps the
-    pixels, and raises OtherSize if the size differs.
+    See `as_shown` for its mode. `crop` resamples the largest centred part with the right aspect
+    ratio (Lanczos, antialiased), `stretch` the whole image. `exact` keeps the pixels, and raises
+    OtherSize if the size differs.
     """
+    from flowtrain.flow.inputs import as_shown  # imports torch
+
     channels, height, width = shape
     if policy == "exact" and sorted(image.size) != sorted((width, height)):
         raise _other_size(image, width, height)  # before a large image is decoded
-    image = _convert(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
+    image = as_shown(image, channels)
     if policy == "exact" and image.size != (width, height):
         raise _other_size(image, width, height)
     box = (0.0, 0.0, float(image.width), float(image.height))
@@ -221,19 +222,6 @@ def _other_size(image: Image.Image, width: int, height: int) -> OtherSize:
         f"the image is {image.width}x{image.height} (width x height), not {width}x{height}: "
         "resize or crop it first"
     )
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # here Pillow clips at 255, which would turn 16-bit images white
-        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert(mode)
-    if image.mode == "F":
-        raise UserError("the image has floating-point pixels, of unknown range: save it as 8-bit")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert(mode)
 
 
 def _centre(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:

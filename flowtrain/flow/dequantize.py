@@ -101,11 +101,9 @@ class Dequantizer(nn.Module):
         """Raises `ValueError` unless `x` has integers in 0..Q-1."""
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise ValueError(f"expected integers in 0..{self.num_bins - 1}, got {x.dtype}")
-        # int(...), because 256 would wrap to 0 in uint8
-        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.num_bins):
-            raise ValueError(
-                f"expected values in 0..{self.num_bins - 1}, got {int(x.min())}..{int(x.max())}"
-            )
+        low, high = map(int, x.long().aminmax())  # torch has no extremes of uint16
+        if low < 0 or high >= self.num_bins:
+            raise ValueError(f"expected values in 0..{self.num_bins - 1}, got {low}..{high}")
 
     def forward(
         self, x: Tensor, noise: Tensor, executor: Executor = FUSED

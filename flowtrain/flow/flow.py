@@ -249,15 +249,14 @@ class Flow(nn.Module):
             context: Integers `(B, C', H', W')` for log P(x | context), by default `context_of(x)`.
 
         Raises:
-            ValueError: An argument does not fit the model, a value is outside 0..Q-1, or there are
-                several `draws` of an exact likelihood.
+            ValueError: An argument does not fit the model, a value is outside 0..Q-1, there are
+                several `draws` of an exact likelihood, or the flow is in half precision.
         """
         x = self._checked(x)
         if draws < 1 or (draws > 1 and self.exact):
             why = "the likelihood is exact" if draws > 1 else "at least 1 is needed"
             raise ValueError(f"draws: {draws}, where {why}")
-        if labels is not None:
-            labels = checked_labels(labels, self.classes, len(x)).to(self.device)
+        labels = self._checked_labels(labels, len(x))
         if context is not None:
             context = self._checked_context(context, len(x))
         noise = draw_noise((len(x), draws, *self.shape), generator, x.device)
@@ -265,17 +264,18 @@ class Flow(nn.Module):
         return self.kind.over_draws(torch.stack(bounds))
 
     def log_density(
-        self, y: Tensor, labels: Tensor | None = None, context: Tensor | None = None
+        self, y: Tensor, labels: Labels | None = None, context: Tensor | None = None
     ) -> Tensor:
         """The log-density of dequantized images `y` in [0, 1), `(B, C, H, W)`, minus D log Q.
 
         It is `(B,)` in nats, and differentiable with respect to `y`. Its mean probability over the
         cell of an image's levels is P(x), P(x | class) with `labels` `(B,)`, or P(x | context) with
         the `context` that a model with an `image_context` needs, as in `decode`. Raises
-        `ValueError` for real-valued data, or for another context.
+        `ValueError` for real-valued data, or for other labels or another context.
         """
         if isinstance(self.dequantizer, RealValued):
             raise ValueError("real-valued data are not dequantized: use log_prob")
+        labels = self._checked_labels(labels, len(y))
         context = self._checked_context(context, len(y))
         return self._log_prob_of(*self.dequantizer.from_unit(y), labels, context).total
 
@@ -307,7 +307,7 @@ class Flow(nn.Module):
     def decode(
         self,
         z: Tensor | np.ndarray,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
         executor: Executor = FUSED,
         guidance: float | None = None,
         denoise: bool = False,
@@ -328,17 +328,19 @@ class Flow(nn.Module):
         Raises:
             FloatingPointError: The result is not finite.
             ValueError: The model has no guidance (`unguided`) or no Gaussian noise, or it needs
-                another context.
+                other latents, other labels or another context.
         """
-        if isinstance(z, np.ndarray):
-            z = torch.as_tensor(z, dtype=self.dtype)
         if denoise and self.dequantizer.sigma is None:  # before the work of the inverse
             raise ValueError(f"denoise: {NO_SIGMA}")
+        z = torch.as_tensor(z, dtype=self.dtype, device=self.device)
+        if z.shape[1:] != (self.latent_dims,):
+            raise ValueError(f"expected latents (B, {self.latent_dims}), got {tuple(z.shape)}")
+        labels = self._checked_labels(labels, len(z))
         context = self._checked_context(context, len(z))
         if context is not None and sides is not None:
             context = turn_each(context.clone(), sides)
         conditioning = self.conditioning(len(z), labels, context, guidance, sides)
-        v, _ = self.bijection.run(executor, "inverse", z.to(self.device), conditioning)
+        v, _ = self.bijection.run(executor, "inverse", z, conditioning)
         if denoise:
             v = self.denoised(v, labels, context)
         x = self.dequantizer.to_data(v).contiguous()
@@ -380,8 +382,6 @@ class Flow(nn.Module):
         `denoise` and `context` as in `decode`.
         """
         labels = self.classes_in_turn(n) if labels is None else labels
-        if labels is not None:
-            labels = checked_labels(labels, self.classes, n)
         noise = self.draw_latents(n, generator)
         latents = self.latents_of_classes(temperature * noise, labels)
         sides = sides_of(noise, self.sides)
@@ -409,7 +409,7 @@ class Flow(nn.Module):
             rows[i].normal_(generator=generator)
         return rows.to(self.device, self.dtype)
 
-    def latents_of_classes(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def latents_of_classes(self, noise: Tensor, labels: Labels | None = None) -> Tensor:
         """Standard normal draws `(B, D)` as latents of the classes `labels`, by default of all
         classes in turn. Raises `ValueError` for labels that the model does not have.
         """
@@ -473,9 +473,16 @@ class Flow(nn.Module):
             raise ValueError("the model has no image_context: it is of images by themselves")
         return None
 
+    def _checked_labels(self, labels: Labels | None, count: int) -> Tensor | None:
+        if labels is None:
+            return None
+        return checked_labels(labels, self.classes, count).to(self.device)
+
     def _checked(self, batch: Batch) -> Tensor:
         x = as_tensor(batch, self.shape, self.num_bins)
         self.dequantizer.check(x)
+        if self.dtype.itemsize < 4:
+            raise ValueError(f"the flow is in {self.dtype}, and likelihoods need float32 or wider")
         return x.to(self.device)
 
 

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from flowtrain.types import Shape
@@ -19,11 +19,11 @@ def as_tensor(batch: Batch, shape: Shape, num_bins: int | None) -> Tensor:
 
     A tensor is taken as it is, but points may also be `(B, D)`. An array may have its channels
     last, `(B, H, W, C)`, or none, `(B, H, W)`. A list is of arrays, or of PIL images. These are
-    made grey or RGB, their values 0..255 become 0..Q-1 by `quantize`, and they are not resized.
+    made grey or RGB (`as_shown`), and their values 0..255 become 0..Q-1 by `quantize`.
 
     Raises:
-        ValueError: for another shape, for PIL images of another size or for a model of points, and
-            for a single one.
+        ValueError: for another shape, or no example; for PIL images of another size, of
+            floating-point pixels or for a model of points, and for a single one.
     """
     if isinstance(batch, Image.Image):
         raise ValueError("expected several images, got one: give a list, [image]")
@@ -40,7 +40,7 @@ def as_tensor(batch: Batch, shape: Shape, num_bins: int | None) -> Tensor:
         elif batch.shape[1:] == tuple(size) and channels == 1:
             batch = batch[:, None]
         batch = torch.from_numpy(np.ascontiguousarray(batch))
-    if tuple(batch.shape[1:]) != shape or batch.ndim != 4:
+    if tuple(batch.shape[1:]) != shape or batch.ndim != 4 or not len(batch):
         raise ValueError(
             f"expected images of shape (B, {', '.join(map(str, shape))}), got {tuple(batch.shape)}"
         )
@@ -59,11 +59,12 @@ def checked_labels(labels: Labels, classes: int, count: int) -> Tensor:
         raise ValueError(f"expected {count} labels, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"expected integers as labels, got {labels.dtype}")
+    labels = labels.long()  # torch has no extremes of uint16
     if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"expected classes in 0..{classes - 1}, got {sorted(set(labels.tolist()))}"
         )
-    return labels.long()
+    return labels
 
 
 def _pixels(image: Image.Image, shape: Shape, num_bins: int | None) -> np.ndarray:
@@ -71,12 +72,31 @@ def _pixels(image: Image.Image, shape: Shape, num_bins: int | None) -> np.ndarra
     if num_bins is None:
         raise ValueError("the model is of points, not of images: give a tensor or an array")
     channels, height, width = shape
+    image = as_shown(image, channels)
     if image.size != (width, height):
         raise ValueError(
             f"expected images of {width}x{height} pixels, got {image.width}x{image.height}: resize "
             f"them before"
         )
-    return quantize(np.asarray(image.convert("L" if channels == 1 else "RGB")), num_bins)
+    return quantize(np.asarray(image), num_bins)
+
+
+def as_shown(image: Image.Image, channels: int) -> Image.Image:
+    """An image in grey (1 channel) or RGB. The EXIF orientation is applied, and transparency
+    composited on white. 16-bit grey keeps its upper 8 bits, and a palette or CMYK becomes RGB.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # here Pillow clips at 255, which would turn 16-bit images white
+        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        return Image.fromarray(grey.astype(np.uint8)).convert(mode)
+    if image.mode == "F":
+        raise ValueError("the image has floating-point pixels, of unknown range: save it as 8-bit")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)
 
 
 def quantize(pixels: np.ndarray, num_bins: int) -> np.ndarray:

@@ -583,6 +583,8 @@ def test_logistic_to_normal_gives_the_logistic_density():
     z = torch.tensor([-1e3, -30.0, -12.0, 0.0, 12.0, 30.0, 1e3])[:, None]
     for x, log_det in (b.LogisticToNormal().inverse(z), b.LogisticToNormal()(1e3 * z)):
         assert torch.isfinite(x).all() and torch.isfinite(log_det).all()
+    x = torch.tensor([[-1e4], [-800.0], [-81.0], [79.0], [90.0]])
+    near(b.LogisticToNormal().inverse(b.LogisticToNormal()(x)[0])[0], x, 1e-5)
     x = torch.tensor([[-1e4], [0.0], [1e4]], requires_grad=True)
     z, log_det = b.LogisticToNormal()(x)
     (z.sum() + log_det.sum()).backward()
@@ -626,9 +628,10 @@ def test_split_latents_are_the_levels():
     assert torch.equal(changed[0], parts[0]) and not torch.allclose(changed[1], parts[1])
 
 
-def test_a_constant_of_the_first_batch_keeps_its_scale():
+@pytest.mark.parametrize("build", [b.Standardize, b.ActNorm])
+def test_a_constant_of_the_first_batch_keeps_its_scale(build):
     """Rare values of vectors are often missing there."""
-    layer = b.Standardize((2, 1, 1))
+    layer = build((2, 1, 1))
     layer.initialize(torch.ones(4, 2, 1, 1))
     z, log_det = layer(torch.full((1, 2, 1, 1), 3.0))
     assert z.flatten().tolist() == [2, 2] and log_det.tolist() == [0]

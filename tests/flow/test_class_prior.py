@@ -84,10 +84,14 @@ def test_labels_that_the_model_does_not_have():
         (0, [0, 0], "not class-conditional"),
     ):
         flow = conditional(classes=classes)
-        with pytest.raises(ValueError, match=message):
-            flow.log_prob(images(2, SHAPE), labels=torch.tensor(labels))
-        with pytest.raises(ValueError, match=message):
-            flow.sample(2, labels=torch.tensor(labels))
+        for use in (
+            lambda labels, flow=flow: flow.log_prob(images(2, SHAPE), labels=labels),
+            lambda labels, flow=flow: flow.log_density(torch.rand(2, *SHAPE), labels),
+            lambda labels, flow=flow: flow.sample(2, labels=labels),
+            lambda labels, flow=flow: flow.decode(torch.zeros(2, 16), labels),
+        ):
+            with pytest.raises(ValueError, match=message):
+                use(torch.tensor(labels))
 
 
 @pytest.mark.parametrize("dropped, seen", [(0.0, 1 / 3), (0.1, 0.0)])

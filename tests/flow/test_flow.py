@@ -33,7 +33,8 @@ def test_an_image_scores_the_same_in_any_batch(model):
     torch.testing.assert_close(alone, expected[10], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("levels, dtype", [(17, torch.int32), (256, torch.int64)])
+@pytest.mark.parametrize("levels", [17, 256])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint16])
 def test_any_integer_type_will_do(levels, dtype):
     flow = tiny_flow("nice", q=levels)
     x = images(3, flow.shape, levels)
@@ -46,6 +47,7 @@ def test_any_integer_type_will_do(levels, dtype):
     "levels, shape, value, dtype, message",
     [
         (256, (2, 1, 4, 5), 0, torch.uint8, r"shape \(B, 1, 4, 4\), got \(2, 1, 4, 5\)"),
+        (256, (0, 1, 4, 4), 0, torch.uint8, r"shape \(B, 1, 4, 4\), got \(0, 1, 4, 4\)"),
         (256, (1, 4, 4), 0, torch.uint8, "shape"),
         (256, (1, 1, 1, 4, 4), 0, torch.uint8, "shape"),
         (256, (2, 1, 4, 4), 0, torch.float32, "integers in 0..255, got torch.float32"),
@@ -60,6 +62,26 @@ def test_wrong_input_is_refused(levels, shape, value, dtype, message):
     for method in (flow.log_prob, flow.bits_per_dim, flow.encode):
         with pytest.raises(ValueError, match=message):
             method(torch.full(shape, value, dtype=dtype))
+
+
+def test_half_precision_is_refused():
+    """Levels above 128 would lose their noise."""
+    flow = tiny_flow("nice").bfloat16()
+    with pytest.raises(ValueError, match="in torch.bfloat16, and likelihoods need float32"):
+        flow.log_prob(images(2, flow.shape))
+
+
+@pytest.mark.parametrize("model, u", [("glow", 0.25), ("causal", 0.25), ("causal", 0.0)])
+def test_the_density_is_that_of_dequantized_images(model, u):
+    """Of a model of levels also at the edge of each level."""
+    flow = tiny_flow(model, classes=3)
+    x, labels = images(6, flow.shape), torch.tensor([0, 1, 2, 0, 1, 2])
+    x[0], x[1] = 0, 255
+    y = ((x + u) / 256).requires_grad_()
+    found = flow.log_density(y, labels)
+    expected = flow(x, torch.full(y.shape, u), labels).total
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    assert torch.autograd.grad(found.sum(), y)[0].isfinite().all()
 
 
 OF_COLOURS = {"shape": (3, 8, 4), "initialization": "whitening", "scale": 0.05}
@@ -125,6 +147,9 @@ def test_samples(model):
     assert flow.draw_latents(2000, seeded()).std().item() == pytest.approx(1, abs=0.02)
     with pytest.raises(FloatingPointError, match="1 of 2"):
         flow.decode(torch.tensor([[0.0], [math.nan]]).expand(2, 16))
+    for shape in [(16,), (2, 1), (2, 1, 4, 4)]:
+        with pytest.raises(ValueError, match=r"expected latents \(B, 16\), got \(\d+,"):
+            flow.decode(torch.zeros(shape))
     lines = repr(flow).splitlines()
     assert len(lines) == 5 and ("exact" in lines[1]) == flow.exact
     assert ("sequential" in lines[2]) == flow.bijection.inverse_is_sequential

@@ -35,6 +35,16 @@ def test_pil_images(shape, mode):
         as_tensor(pictures, shape, None)
     with pytest.raises(ValueError, match=r"expected several images, got one: give a list"):
         as_tensor(pictures[0], shape, 256)
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        as_tensor([Image.new("F", (6, 4))], shape, 256)
+    turned = Image.new("L", (4, 6), 9)
+    turned.getexif()[0x0112] = 6
+    for picture, value in (
+        (Image.fromarray(np.full((4, 6), 0x8001, np.uint16)), 0x80),
+        (Image.new("RGBA", (6, 4), (0, 0, 0, 0)), 255),
+        (turned, 9),
+    ):
+        assert as_tensor([picture], shape, 256).unique().tolist() == [value]
     points = torch.randn(5, 2, generator=seeded(0))  # as a table
     for given in (points, points.numpy(), list(points.numpy()), points[:, :, None, None]):
         assert torch.equal(as_tensor(given, (2, 1, 1), None), points[:, :, None, None])
@@ -46,7 +56,7 @@ def test_a_flow_takes_arrays_and_lists():
     labels, z = torch.tensor([2, 0, 1]), flow.encode(x)
     assert torch.equal(flow.log_prob(x.numpy(), seeded(0)), flow.log_prob(x, seeded(0)))
     assert torch.equal(flow.encode(x.numpy()), z)
-    assert torch.equal(flow.decode(z.double().numpy()), x)
+    assert all(torch.equal(flow.decode(each), x) for each in (z.double(), z.double().numpy()))
     with pytest.raises(ValueError, match="expected images of shape"):
         flow.log_prob(np.zeros((2, 3, 3), np.uint8))
     for use in (
@@ -54,5 +64,6 @@ def test_a_flow_takes_arrays_and_lists():
         lambda labels: flow.sample(3, 1.0, seeded(0), labels),
         lambda labels: flow.sample_with_log_prob(3, 1.0, seeded(0), labels)[1],
     ):
-        for given in ([2, 0, 1], labels.numpy(), labels.byte()):  # as many as classes
+        # The last would be a mask of the three classes.
+        for given in ([2, 0, 1], labels.numpy(), labels.to(torch.uint16), labels.byte()):
             assert torch.equal(use(given), use(labels))
