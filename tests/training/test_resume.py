@@ -73,7 +73,7 @@ def uninterrupted():
 # Each model, precision, noise and way to keep activations, and the optimizers, are in one of them.
 VARIANTS = {
     "glow": [*WORDS["glow"], "train.optimizer=adam", "model.conditioner=gated"]
-    + ["model.context=downsample"],
+    + ["model.context=downsample", "model.permutation=conv1x1"],
     "realnvp": [*WORDS["realnvp"], "train.precision=bf16", "train.optimizer=adamw"],
     "nice": [*WORDS["nice"], "train.optimizer=adamax", "train.memory=checkpoint", "train.ema=0"],
     "causal": [*CAUSAL, "train.precision=bf16", "train.clip_norm=1", "model.classes=10"]
