@@ -79,7 +79,7 @@ def fit(
             run.begin(config)
             run.cut_back(state.progress.step, config)
             announce(state, run, data, batches, saved)
-            if saved is None or saved.path.resolve() != run.last.resolve():
+            if saved is None or saved.path != run.last:
                 # `last` may not exist yet, or be later than the checkpoint that was resumed from.
                 if distributed.from_main(run.best_step) != state.progress.best_step:
                     # `best` is missing, or of steps that are not part of this run.

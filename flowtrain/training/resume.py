@@ -67,7 +67,8 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
             f"--resume {resume}: {run.path} holds another run; choose another --run-dir, "
             "or leave --resume out to continue that run"
         )
-    return path
+    # One name for one file, because other processes cannot look.
+    return run.last if path.resolve() == run.last.resolve() else path
 
 
 def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
