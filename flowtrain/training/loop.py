@@ -160,7 +160,7 @@ def _loop(
             )
         if metrics.failed is not None:
             _roll_back(state, run, batches, metrics.failed)
-            metrics.failed = None
+            metrics.last = metrics.failed = None
             clock.skip()
             stopped = bool(stop.signum)
             continue
