@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import torch
 
@@ -169,12 +170,14 @@ def _loop(
         if logs:
             reporting.log(state, run, metrics.last.grad_norm, metrics.last.rate, clock)
             bar.wait()
-        if stop.signum and validates and not pauses:
-            # The user may not wait for the validation.
-            reporting.save(state, run, numbered=False, wait=True)
-        best = validates and reporting.validate(state, run, validation)
+        best = False
+        if validates:
+            note = _saving_on_a_signal(state, run, stop, pauses)
+            best = reporting.validate(state, run, validation, note)
         if samples:
-            reporting.sample(state, run, validation if len(validation) else batches.source)
+            note = _saving_on_a_signal(state, run, stop, pauses, best)
+            beside = validation if len(validation) else batches.source
+            reporting.sample(state, run, beside, note)
         stopped = bool(stop.signum) or pauses
         clock.skip()
         if periodic or best or stopped:
@@ -183,6 +186,25 @@ def _loop(
         if validates or samples or periodic:
             distributed.barrier()  # an exchange of tensors waits for process 0 only so long
         clock.skip()
+
+
+def _saving_on_a_signal(
+    state: State, run: RunDirectory, stop: Stop, pauses: bool, best: bool = False
+) -> Callable[..., None]:
+    """A function to call during a validation or a picture, whose end the user may not wait for. It
+    saves once after a signal, also after one before this call. Where a run pauses or ends, the
+    validation is a part of the state.
+    """
+    saved = pauses
+
+    def note(*done: float) -> None:
+        nonlocal saved
+        if (stop.asked or stop.signum) and not saved:
+            saved = True
+            reporting.save(state, run, numbered=False, best=best, wait=True)
+
+    note()
+    return note
 
 
 def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetrics) -> None:

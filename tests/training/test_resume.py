@@ -152,18 +152,38 @@ def interrupted(monkeypatch, config, run, step):
         fit(config, RunDirectory(run), CPU)
 
 
-def test_a_run_is_saved_on_a_signal_before_it_is_validated(tmp_path, monkeypatch):
-    periods = {"validate_every": 10, "checkpoint_every": 5, "log_every": 5}
-    config = a_config(train={**periods, "num_steps": 99})
+@pytest.mark.parametrize("period", ["validate_every", "sample_every"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "during"])
+def test_a_run_is_saved_on_a_signal_before_a_validation_ends(before, period, tmp_path, monkeypatch):
+    """Or a picture."""
+    periods = {"checkpoint_every": 5, "log_every": 5, "validate_every": 99, "sample_every": 99}
+    config = a_config(train={**periods, period: 10, "num_steps": 99})
     saved = []
 
-    def validate(state, run, validation):
-        there = checkpoint_format.read(run.last).meta["progress"]
-        saved.append((state.progress.step, there["step"], there["window_steps"]))
+    def takes_long(note):
+        if not before:
+            os.kill(os.getpid(), signal.SIGTERM)
+            note()
+        there = checkpoint_format.read(last(tmp_path)).meta["progress"]
+        saved.append((there["step"], there["window_steps"]))
 
-    monkeypatch.setattr(loop.reporting, "validate", validate)
-    interrupted(monkeypatch, config, tmp_path, 10)
-    assert saved == [(10, 10, 0)]  # the row of this step is written
+    def mean_loss(flow, split, seed, progress):
+        takes_long(progress)
+        return 3.0
+
+    def decode(flow, latents, note, *others, **options):
+        takes_long(note)
+        raise UserError("no picture")
+
+    monkeypatch.setattr(loop.reporting, "mean_loss", mean_loss)
+    monkeypatch.setattr(loop.reporting, "decode", decode)
+    if before:
+        interrupted(monkeypatch, config, tmp_path, 10)
+    else:
+        with pytest.raises(Interrupted):
+            fit(config, RunDirectory(tmp_path), CPU)
+    assert saved == [(10, 0)]  # the row of this step is written
+    assert summary(tmp_path)["best_step"] == (10 if period == "validate_every" else None)
 
 
 STOPPED_BEFORE_THE_FIRST_STEP = """
