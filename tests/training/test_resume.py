@@ -17,6 +17,7 @@ from cli_helpers import events, last, left_overs, metrics, put_back, quick, summ
 from helpers import a_config, npz, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.config import load_config
 from flowtrain.errors import Interrupted, UserError
@@ -296,9 +297,10 @@ def test_changed_keys_are_named(run):
 def test_a_finished_run_is_extended(run, tmp_path):
     before = metrics(run)
     longer = [*TINY_RUN, "train.num_steps=30", "train.lr=1e-3"]
+    rewritten(last(run), non_finite=2, lr_scale=0.25)
     done = quick("train", *longer, "--extend", cwd=tmp_path).ok()
     changed = "changed from train.num_steps=20 train.lr=0.002 to train.num_steps=30 train.lr=0.001"
-    assert f"at step 20\n{changed}\n" in done.out
+    assert f"at step 20\n{changed}\nafter 2 rollbacks, the learning rate is times 0.25" in done.out
     assert "going on from runs/glow_digits/checkpoints/last.safetensors at step 20" in done.out
     assert metrics(run)[: len(before)] == before
     assert steps_of(run) == [5, 10, 15, 20, 25, 30] and summary(run)["finished"]
@@ -378,6 +380,19 @@ def test_changed_images_are_noticed(tmp_path):
     longer = a_config(data=data, train={"num_steps": 9})
     with pytest.raises(UserError, match="^data: not the images that .*last.safetensors.* content"):
         fit(longer, RunDirectory(tmp_path / "r"), CPU, resume.EXTEND)
+
+
+@pytest.mark.parametrize("processes, kept", [(1, [3]), (2, [])])
+def test_as_many_processes_have_as_many_threads_as_before(processes, kept, monkeypatch):
+    """The tensors of the checkpoint then take no memory."""
+    asked = []
+    monkeypatch.setattr(resume, "as_before", asked.append)
+    saved = checkpoint_format.read(last(trained()["glow"]))
+    saved.meta |= {"processes": processes, "threads": 3}
+    config = load_config(trained()["glow"] / "config.yaml")
+    flow = build_flow(config, saved.meta["shape"], saved.meta["levels"])
+    resume.start(config, flow, saved.meta["data"], saved, None, None)
+    assert asked == kept and saved.tensors == {}
 
 
 def test_a_run_that_pauses(tmp_path):
