@@ -60,7 +60,8 @@ RUN python -c 'import sys, torch; built = (torch.version.cuda or "0").partition(
 ARG UID=1000
 
 # The folders are open to all, so that `docker run --user` works with a number that has no name here.
-RUN useradd --uid "${UID}" --create-home flowtrain \
+# Another user of the base image may have the number: root (0), or `ubuntu` (1000).
+RUN useradd --non-unique --uid "${UID}" --create-home flowtrain \
     && install -d -o flowtrain -g flowtrain -m 1777 /home/flowtrain /app /app/data /app/runs /app/cache
 
 # Some versions of torch ask for the user's name to name their cache of compiled code, and

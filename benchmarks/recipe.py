@@ -173,10 +173,10 @@ def _draw_scaling(runs: dict[str, Path], path: str) -> None:
         for name, run in runs.items()
         if RECIPES[name].dataset == "cifar"
     }
-    for names, marker in ((points, "o"), (PUBLISHED, "s")):
+    for names, marker, side in ((points, "o", "left"), (PUBLISHED, "s", "right")):
         axes.plot(*zip(*names.values(), strict=True), marker, linestyle="none")
         for index, name in enumerate(sorted(names, key=names.__getitem__)):
-            offset, side = ((6, 4), "left") if index % 2 else ((-6, -12), "right")  # no overlap
+            offset = (6 if side == "left" else -6, 4 if index % 2 else -12)  # neighbours apart
             axes.annotate(name, names[name], xytext=offset, textcoords="offset points", ha=side)
     axes.margins(0.35, 0.2)
     axes.set(xscale="log", xlabel="FLOPs of training", ylabel="test bits/dim", title="CIFAR-10")

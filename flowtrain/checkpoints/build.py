@@ -47,7 +47,7 @@ def build_flow(
     `copies` of the weights.
     """
     if "." in config.model.name:
-        return _build(config, shape, num_bins)
+        return _in_order(_build(config, shape, num_bins))
     try:
         with _Counting(SMALL):
             sizes = _build(config, shape, num_bins)
@@ -63,7 +63,17 @@ def build_flow(
             f"{free / 2**30:,.1f} GiB are available: make it smaller"
         )
     check(sizes)
-    return _build(config, shape, num_bins) if sizes.device.type == "meta" else sizes
+    return _in_order(_build(config, shape, num_bins) if sizes.device.type == "meta" else sizes)
+
+
+def _in_order(flow: Flow) -> Flow:
+    """The flow with the memory of each parameter in the order of its indices. Fused optimizers
+    combine a weight and its state in the order of their memory, and a checkpoint does not keep it.
+    A rotation by `torch.linalg.qr` would have its columns first.
+    """
+    for parameter in flow.parameters():
+        parameter.data = parameter.data.contiguous()
+    return flow
 
 
 class _NotSmall(Exception):

@@ -141,7 +141,7 @@ def remove_left_overs(folder: Path, name: str | None = None) -> None:
             if fcntl is None:
                 path.unlink()  # fails for open files, and for folders, which then stay
                 continue
-            handle = _regular(os.fspath(path), os.O_RDONLY)
+            handle = _open_to_lock(path)
             try:
                 lock(handle, wait=False)
                 _remove(path)
@@ -152,10 +152,19 @@ def remove_left_overs(folder: Path, name: str | None = None) -> None:
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Waits for others that are in this context for the same file, which has to exist."""
-    with open_regular(path) as file:
+    handle = _open_to_lock(path)
+    try:
         with contextlib.suppress(OSError):  # a file system without locks
-            lock(file.fileno())
+            lock(handle)
         yield
+    finally:
+        os.close(handle)
+
+
+def _open_to_lock(path: Path) -> int:
+    """A descriptor, for writing if possible: NFS 4 locks no file that is open for reading alone."""
+    writes = path.is_file() and os.access(path, os.W_OK)
+    return _regular(os.fspath(path), os.O_RDWR if writes else os.O_RDONLY)
 
 
 # Windows locks bytes, and others cannot read them. This one is the last of 2 GiB.

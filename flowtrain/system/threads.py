@@ -41,12 +41,16 @@ def use_free_cores() -> str | None:
     )
 
 
-def as_before(threads: int) -> None:
+def as_before(threads: int) -> str | None:
     """Lets torch use the number of threads that an earlier part of a run had, unless the user has
-    set one. With another number, sums are added in another order.
+    set one. With another number, sums are added in another order. Returns a line for the user if
+    the number changes.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(threads, joblib.cpu_count()))
+    threads = min(threads, joblib.cpu_count())
+    if "OMP_NUM_THREADS" in os.environ or threads == torch.get_num_threads():
+        return None
+    torch.set_num_threads(threads)
+    return f"threads: {threads}, as before; OMP_NUM_THREADS sets another number"
 
 
 def free_cores() -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import torch
 
@@ -79,7 +80,7 @@ def fit(
             run.begin(config)
             run.cut_back(state.progress.step, config)
             announce(state, run, data, batches, saved)
-            if saved is None or saved.path.resolve() != run.last.resolve():
+            if saved is None or saved.path != run.last:
                 # `last` may not exist yet, or be later than the checkpoint that was resumed from.
                 if distributed.from_main(run.best_step) != state.progress.best_step:
                     # `best` is missing, or of steps that are not part of this run.
@@ -160,7 +161,7 @@ def _loop(
             )
         if metrics.failed is not None:
             _roll_back(state, run, batches, metrics.failed)
-            metrics.failed = None
+            metrics.last = metrics.failed = None
             clock.skip()
             stopped = bool(stop.signum)
             continue
@@ -169,12 +170,14 @@ def _loop(
         if logs:
             reporting.log(state, run, metrics.last.grad_norm, metrics.last.rate, clock)
             bar.wait()
-        if stop.signum and validates and not pauses:
-            # The user may not wait for the validation.
-            reporting.save(state, run, numbered=False, wait=True)
-        best = validates and reporting.validate(state, run, validation)
+        best = False
+        if validates:
+            note = _saving_on_a_signal(state, run, stop, pauses)
+            best = reporting.validate(state, run, validation, note)
         if samples:
-            reporting.sample(state, run, validation if len(validation) else batches.source)
+            note = _saving_on_a_signal(state, run, stop, pauses, best)
+            beside = validation if len(validation) else batches.source
+            reporting.sample(state, run, beside, note)
         stopped = bool(stop.signum) or pauses
         clock.skip()
         if periodic or best or stopped:
@@ -183,6 +186,25 @@ def _loop(
         if validates or samples or periodic:
             distributed.barrier()  # an exchange of tensors waits for process 0 only so long
         clock.skip()
+
+
+def _saving_on_a_signal(
+    state: State, run: RunDirectory, stop: Stop, pauses: bool, best: bool = False
+) -> Callable[..., None]:
+    """A function to call during a validation or a picture, whose end the user may not wait for. It
+    saves once after a signal, also after one before this call. Where a run pauses or ends, the
+    validation is a part of the state.
+    """
+    saved = pauses
+
+    def note(*done: float) -> None:
+        nonlocal saved
+        if (stop.asked or stop.signum) and not saved:
+            saved = True
+            reporting.save(state, run, numbered=False, best=best, wait=True)
+
+    note()
+    return note
 
 
 def _roll_back(state: State, run: RunDirectory, batches: Batches, failed: StepMetrics) -> None:

@@ -3,6 +3,7 @@
 import math
 import shlex
 import statistics
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -33,13 +34,15 @@ from flowtrain.training.stop import Clock
 RANGES_BATCH = 64  # images on which the ranges of log-scales are measured
 
 
-def validate(state: State, run: RunDirectory, validation: Split) -> bool:
-    """Measures the loss of the validation images. Returns whether it is the best so far."""
+def validate(state: State, run: RunDirectory, validation: Split, note: Callable[..., None]) -> bool:
+    """Measures the loss of the validation images, with a call of `note` after each batch. Returns
+    whether it is the best so far.
+    """
     if len(validation) == 0:
         return False
     progress = state.progress
     flow = state.ema_flow
-    loss = mean_loss(flow, validation, seed=state.config.seed)
+    loss = mean_loss(flow, validation, seed=state.config.seed, progress=note)
     finite = math.isfinite(loss)
     run.log(_row(progress, "validation", **_losses(flow, loss if finite else None)))
     _log_ranges(state, run, validation)
@@ -75,15 +78,18 @@ def _log_ranges(state: State, run: RunDirectory, validation: Split) -> None:
 
 
 @distributed.main_only
-def sample(state: State, run: RunDirectory, beside: Split) -> None:
-    """Saves a picture of samples. All steps have the same latents, so images can be followed."""
+def sample(state: State, run: RunDirectory, beside: Split, note: Callable[..., None]) -> None:
+    """Saves a picture of samples. All steps have the same latents, so images can be followed. It
+    calls `note` now and then.
+    """
     z = state.flow.draw_latents(
         state.flow.kind.picture_count, generator(state.config.seed, Stream.LATENTS)
     )
     flow, seed = state.ema_flow, state.config.seed
     try:
         labels, contexts = flow.classes_in_turn(len(z)), of_split(flow, beside, len(z))
-        samples = decode(flow, flow.latents_of_classes(z), labels=labels, context=contexts)
+        latents = flow.latents_of_classes(z)
+        samples = decode(flow, latents, note, labels, context=contexts)
         picture = draw.drawing(flow, lambda: beside).samples(samples, 8, seed)
     except (FloatingPointError, UserError) as error:
         console.print(f"step {state.progress.step}: no picture of samples: {error}")

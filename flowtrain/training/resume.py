@@ -17,7 +17,7 @@ from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError, cut, shown
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import distributed
-from flowtrain.system.console import console, duration
+from flowtrain.system.console import console, counted, duration
 from flowtrain.system.threads import as_before
 from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.run_directory import RunDirectory
@@ -67,7 +67,8 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
             f"--resume {resume}: {run.path} holds another run; choose another --run-dir, "
             "or leave --resume out to continue that run"
         )
-    return path
+    # One name for one file, because other processes cannot look.
+    return run.last if path.resolve() == run.last.resolve() else path
 
 
 def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Checkpoint | None:
@@ -216,8 +217,12 @@ def start(
                 f"{shown(there)} and is {shown(here)}"
             )
         state.restore(saved)
-        if state.flow.device.type == "cpu" and (threads := saved.meta["threads"]):
-            as_before(threads)
+        saved.tensors.clear()  # their memory is free for the run
+        # With another number of processes, sums differ in any case.
+        if state.flow.device.type == "cpu" and saved.meta["processes"] == distributed.world():
+            threads = saved.meta["threads"]
+            if threads and (said := as_before(threads)):
+                console.print(said, style="dim")
         # A checkpoint that the user names may belong to a shorter or longer schedule.
         ended = state.reached_end(state.progress.seconds)
         if config.train.num_steps is not None or not ended:
@@ -276,6 +281,9 @@ def announce(
     changes = _changes(_earlier(saved), state.config)
     if changes := [each for each in changes if each[0] not in FREE_KEYS | SPLIT_KEYS]:
         console.print(f"changed from {_words(changes, 1)} to {_words(changes, 2)}")
+    if (scale := state.progress.lr_scale) < 1:
+        events = counted(state.progress.non_finite, "rollback")
+        console.print(f"after {events}, the learning rate is times {scale:g}")
     for line in _new_division(state, saved):
         console.print(line)
 

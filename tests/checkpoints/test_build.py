@@ -84,13 +84,18 @@ import torch
 from flowtrain.models import nice
 def build(shape):
     torch.zeros(1).item()
-    return nice.build(shape, width=4)
+    bijection = nice.build(shape, width=4)
+    for parameter in bijection.parameters():
+        parameter.data = parameter.data.t().contiguous().t()  # matrices have their columns first
+    return bijection
 """
 
 
 def test_a_model_of_ones_own_may_need_the_values_of_tensors(tmp_path, monkeypatch):
+    """Its weights are laid out as the optimizers need them."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "valued.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     flow = build_flow(a_config({"name": "own.valued"}), SHAPE, 256)
     assert {parameter.device.type for parameter in flow.parameters()} == {"cpu"}
+    assert all(parameter.is_contiguous() for parameter in flow.parameters())

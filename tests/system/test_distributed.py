@@ -251,6 +251,9 @@ def test_without_a_shared_file_system():
     all_ok(2, "train", *options, cwds=machines)
     put_back(machines[0] / "r")
     assert "at step 10" in all_ok(2, "train", *options, cwds=machines)
+    put_back(machines[0] / "r")
+    named = ["--resume", last(machines[0] / "r")]
+    assert "at step 10" in all_ok(2, "train", *options, *named, cwds=machines)
     assert [path.name for path in machines[1].iterdir()] == ["own.npz"]
     evaluate = ["evaluate", "r", "--split", "train", "--set", "data.path=own.npz"]
     assert "r/evaluate-train.json" in all_ok(2, *evaluate, cwds=machines)

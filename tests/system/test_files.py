@@ -62,7 +62,19 @@ def test_folders_and_interruptions(tmp_path, monkeypatch):
     assert names(tmp_path) == ["new"]
 
 
-def test_only_files_of_dead_processes_are_removed(tmp_path):
+@pytest.mark.parametrize("nfs", [False, True])
+def test_only_files_of_dead_processes_are_removed(nfs, tmp_path, monkeypatch):
+    """On NFS 4, which locks only files that are open for writing, folders stay."""
+    flock = fcntl.flock
+
+    def lock(handle, how):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, how)
+
+    folders = [".folder.x.tmp"] if nfs else []
+    if nfs:
+        monkeypatch.setattr(fcntl, "flock", lock)
     for name in (".dead.x.tmp", ".alive.x.tmp", "tmp", ".x", "x.tmp"):
         (tmp_path / name).touch()
     (tmp_path / ".folder.x.tmp" / "inner").mkdir(parents=True)
@@ -77,7 +89,14 @@ def test_only_files_of_dead_processes_are_removed(tmp_path):
     os.read(read, 6)
     try:
         files.remove_left_overs(tmp_path)
-        assert names(tmp_path) == [".alive.x.tmp", ".fifo.tmp", ".x", "tmp", "x.tmp"]
+        kept = [".alive.x.tmp", ".fifo.tmp", *folders, ".x", "tmp", "x.tmp"]
+        assert names(tmp_path) == kept
+        with (
+            files.one_at_a_time(tmp_path / "tmp"),
+            (tmp_path / "tmp").open("w") as other,
+            pytest.raises(BlockingIOError),
+        ):
+            files.lock(other.fileno(), wait=False)
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)

@@ -38,8 +38,8 @@ def test_threads_are_as_many_as_cores_are_free(busy, limits, expected, machine):
 
 def test_the_number_of_threads_of_a_user_and_of_a_run(machine, monkeypatch):
     machine([100] * 8, allowed=4)
-    threads.as_before(2)
-    assert torch.get_num_threads() == 2
+    assert threads.as_before(2) == "threads: 2, as before; OMP_NUM_THREADS sets another number"
+    assert torch.get_num_threads() == 2 and threads.as_before(2) is None
     threads.as_before(6)  # on a larger machine
     assert torch.get_num_threads() == 4
     with threads.one_thread() as before:

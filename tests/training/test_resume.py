@@ -15,6 +15,7 @@ from cli_helpers import events, last, left_overs, metrics, put_back, quick, summ
 from helpers import CPU, a_config, npz, tiny_flow
 
 from flowtrain.checkpoints import format as checkpoint_format
+from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import Checkpoint
 from flowtrain.config import load_config
 from flowtrain.errors import Interrupted, UserError
@@ -61,7 +62,7 @@ def uninterrupted():
 # Each model, precision, noise and way to keep activations, and the optimizers, are in one of them.
 VARIANTS = {
     "glow": [*WORDS["glow"], "train.optimizer=adam", "model.conditioner=gated"]
-    + ["model.context=downsample"],
+    + ["model.context=downsample", "model.permutation=conv1x1"],
     "realnvp": [*WORDS["realnvp"], "train.precision=bf16", "train.optimizer=adamw"],
     "nice": [*WORDS["nice"], "train.optimizer=adamax", "train.memory=checkpoint", "train.ema=0"],
     "causal": [*CAUSAL, "train.precision=bf16", "train.clip_norm=1", "model.classes=10"]
@@ -145,18 +146,38 @@ def interrupted(monkeypatch, config, run, step):
         fit(config, RunDirectory(run), CPU)
 
 
-def test_a_run_is_saved_on_a_signal_before_it_is_validated(tmp_path, monkeypatch):
-    periods = {"validate_every": 10, "checkpoint_every": 5, "log_every": 5}
-    config = a_config(train={**periods, "num_steps": 99})
+@pytest.mark.parametrize("period", ["validate_every", "sample_every"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "during"])
+def test_a_run_is_saved_on_a_signal_before_a_validation_ends(before, period, tmp_path, monkeypatch):
+    """Or a picture."""
+    periods = {"checkpoint_every": 5, "log_every": 5, "validate_every": 99, "sample_every": 99}
+    config = a_config(train={**periods, period: 10, "num_steps": 99})
     saved = []
 
-    def validate(state, run, validation):
-        there = checkpoint_format.read(run.last).meta["progress"]
-        saved.append((state.progress.step, there["step"], there["window_steps"]))
+    def takes_long(note):
+        if not before:
+            os.kill(os.getpid(), signal.SIGTERM)
+            note()
+        there = checkpoint_format.read(last(tmp_path)).meta["progress"]
+        saved.append((there["step"], there["window_steps"]))
 
-    monkeypatch.setattr(loop.reporting, "validate", validate)
-    interrupted(monkeypatch, config, tmp_path, 10)
-    assert saved == [(10, 10, 0)]  # the row of this step is written
+    def mean_loss(flow, split, seed, progress):
+        takes_long(progress)
+        return 3.0
+
+    def decode(flow, latents, note, *others, **options):
+        takes_long(note)
+        raise UserError("no picture")
+
+    monkeypatch.setattr(loop.reporting, "mean_loss", mean_loss)
+    monkeypatch.setattr(loop.reporting, "decode", decode)
+    if before:
+        interrupted(monkeypatch, config, tmp_path, 10)
+    else:
+        with pytest.raises(Interrupted):
+            fit(config, RunDirectory(tmp_path), CPU)
+    assert saved == [(10, 0)]  # the row of this step is written
+    assert summary(tmp_path)["best_step"] == (10 if period == "validate_every" else None)
 
 
 STOPPED_BEFORE_THE_FIRST_STEP = """
@@ -231,9 +252,10 @@ def test_changed_keys_are_named(run):
 def test_a_finished_run_is_extended(run, tmp_path):
     before = metrics(run)
     longer = [*TINY_RUN, "train.num_steps=30", "train.lr=1e-3"]
+    rewritten(last(run), non_finite=2, lr_scale=0.25)
     done = quick("train", *longer, "--extend", cwd=tmp_path).ok()
     changed = "changed from train.num_steps=20 train.lr=0.002 to train.num_steps=30 train.lr=0.001"
-    assert f"at step 20\n{changed}\n" in done.out
+    assert f"at step 20\n{changed}\nafter 2 rollbacks, the learning rate is times 0.25" in done.out
     assert "going on from runs/glow_digits/checkpoints/last.safetensors at step 20" in done.out
     assert metrics(run)[: len(before)] == before
     assert steps_of(run) == [5, 10, 15, 20, 25, 30] and summary(run)["finished"]
@@ -313,6 +335,19 @@ def test_changed_images_are_noticed(tmp_path):
     longer = a_config(data=data, train={"num_steps": 9})
     with pytest.raises(UserError, match="^data: not the images that .*last.safetensors.* content"):
         fit(longer, RunDirectory(tmp_path / "r"), CPU, resume.EXTEND)
+
+
+@pytest.mark.parametrize("processes, kept", [(1, [3]), (2, [])])
+def test_as_many_processes_have_as_many_threads_as_before(processes, kept, monkeypatch):
+    """The tensors of the checkpoint then take no memory."""
+    asked = []
+    monkeypatch.setattr(resume, "as_before", asked.append)
+    saved = checkpoint_format.read(last(trained()["glow"]))
+    saved.meta |= {"processes": processes, "threads": 3}
+    config = load_config(trained()["glow"] / "config.yaml")
+    flow = build_flow(config, saved.meta["shape"], saved.meta["levels"])
+    resume.start(config, flow, saved.meta["data"], saved, None, None)
+    assert asked == kept and saved.tensors == {}
 
 
 def test_a_run_that_pauses(tmp_path):
