@@ -173,12 +173,11 @@ def _draw_scaling(runs: dict[str, Path], path: str) -> None:
         for name, run in runs.items()
         if RECIPES[name].dataset == "cifar"
     }
-    for names, marker, side in ((points, "o", "left"), (PUBLISHED, "s", "right")):
+    for names, marker in ((points, "o"), (PUBLISHED, "s")):
         axes.plot(*zip(*names.values(), strict=True), marker, linestyle="none")
-        for index, name in enumerate(sorted(names, key=names.__getitem__)):
-            offset = (6 if side == "left" else -6, 4 if index % 2 else -12)  # neighbours apart
-            axes.annotate(name, names[name], xytext=offset, textcoords="offset points", ha=side)
-    axes.margins(0.35, 0.2)
+        for name, point in names.items():
+            axes.annotate(name, point, xytext=(5, 4), textcoords="offset points", rotation=20)
+    axes.margins(0.4, 0.4)
     axes.set(xscale="log", xlabel="FLOPs of training", ylabel="test bits/dim", title="CIFAR-10")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -338,13 +338,13 @@ def test_changed_images_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("processes, kept", [(1, [3]), (2, [])])
-def test_as_many_processes_have_as_many_threads_as_before(processes, kept, monkeypatch):
+def test_as_many_processes_have_as_many_threads_as_before(run, processes, kept, monkeypatch):
     """The tensors of the checkpoint then take no memory."""
     asked = []
     monkeypatch.setattr(resume, "as_before", asked.append)
-    saved = checkpoint_format.read(last(trained()["glow"]))
+    saved = checkpoint_format.read(last(run))
     saved.meta |= {"processes": processes, "threads": 3}
-    config = load_config(trained()["glow"] / "config.yaml")
+    config = load_config(run / "config.yaml")
     flow = build_flow(config, saved.meta["shape"], saved.meta["levels"])
     resume.start(config, flow, saved.meta["data"], saved, None, None)
     assert asked == kept and saved.tensors == {}
