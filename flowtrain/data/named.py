@@ -1,6 +1,7 @@
 """Data that a command line names: a data set, a folder, an image file, or files of arrays."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def section_named(
     return {**{key: value for key, value in section.items() if key in kept}, **values}
 
 
+def source(data: DataConfig) -> tuple[str, str]:
+    """Name and place of a data set, the same for every spelling of its path."""
+    return data.name, os.path.realpath(data.options().get("path") or "")
+
+
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     """All images, in order, of data without a test split: an image file, a folder without `test/`,
     arrays or vectors without x_test. None for all other data, and for the model's `own`. Training
@@ -66,7 +72,7 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     """
     options = config.options()
     path = options.get("path", Path())
-    if (config.name, path) == (own.name, own.options().get("path", Path())):
+    if source(config) == source(own):
         return None
     if config.name in ("npz", "vectors"):
         build = configuration.component(DataConfig, config.name).build

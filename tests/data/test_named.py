@@ -86,8 +86,9 @@ def test_all_images_of_arrays_without_splits(tmp_path, layout):
 
 def test_the_models_own_data_keep_their_splits(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=np.zeros((20, 8, 8, 3), "u1"))
+    (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
     own = {"name": "npz", "path": str(tmp_path / "a.npz")}
-    for name in ("npz", tmp_path / "a.npz"):
+    for name in ("npz", tmp_path / "a.npz", tmp_path / "link.npz"):
         data = named(name, own)
         assert not data.undivided and len(data.split("test")) == 2
 
