@@ -77,6 +77,7 @@ def make(here: Path) -> None:
     os.mkfifo(here / "pipe.fta")
     (here / "locked").mkdir(mode=0o555)
     (here / "empty").mkdir()
+    (here / "loop").symlink_to("loop")
     for name in ("good", "sub/good", "a.png/b", "sub/a", "taken/a", "done/grid"):
         picture(here / f"{name}.png")
     picture(here / "wide.png", (9, 8))
@@ -103,6 +104,7 @@ TABLE = [
     ("train --for latents TINY", "--for: is for DATA"),
     ("train good.png", "DATA good.png: one image is not enough"),
     ("train nope", "DATA nope: neither a data set"),
+    ("train loop", "loop"),
     ("train two_moons", "DATA two_moons: these are not images", "--config"),
     ("train digits --budget soon", "--budget: train.budget: expected a duration"),
     ("train --lr 1", "No such option: --lr", "train.lr=VALUE"),
