@@ -218,7 +218,7 @@ JsonOption = Annotated[
 NAMES_OF_DATA = ("data.name=", "data.path=")
 DATA_NAMES = (
     "A data set (mnist, cifar10, digits, ..., found or downloaded under data.root), a folder of "
-    "image files, an image file, or an .npz or .npy file. "
+    "image files, an image file, an .npz or .npy file, or for vectors and points a CSV file. "
 )
 DatasetOption = Annotated[
     str | None,

@@ -21,7 +21,7 @@ def section_named(
     """The `data` section for a NAME on the command line.
 
     NAME is a data set that needs no path, the model's own data set, a folder of image files, an
-    image file, or what `flowtrain.datasets.npz` reads, for a model of vectors what
+    image file, or what `flowtrain.datasets.npz` reads, for a model of vectors or points what
     `flowtrain.datasets.vectors` reads. All keys that fit are taken from `own`, the
     section of the model. Image files get the size and channels of `shape`, the model's.
 
@@ -37,7 +37,7 @@ def section_named(
     values: dict[str, Any]
     if name in names:
         values = {"name": name}
-    elif own.name == "vectors" and path.suffix.lower() in vectors.SUFFIXES:
+    elif shape[1:] == (1, 1) and path.suffix.lower() in vectors.SUFFIXES:
         values = {"name": "vectors", "path": name}
     elif path.suffix.lower() in (".npz", ".npy") or any(path.glob("x_train*.npy")):
         values = {"name": "npz", "path": name}

@@ -82,6 +82,9 @@ def test_all_images_of_arrays_without_splits(tmp_path, layout):
         assert data.undivided and values(data) == [i // 2 for i in range(25)]
     np.save(tmp_path / "one.npy", pixels[9:10])
     assert values(named(tmp_path / "one.npy", own)) == [4]
+    np.save(tmp_path / "points.npy", np.eye(2))
+    points = named(tmp_path / "points.npy", {"name": "two_moons"}, (2, 1, 1))
+    assert points.undivided and values(points) == [1, 0]
 
 
 def test_the_models_own_data_keep_their_splits(tmp_path):
