@@ -125,6 +125,7 @@ def test_steps_and_budget_clear_each_other():
         ("model.name=os.path", r"model\.name: module 'os\.path' has no function `build`"),
         # a wrong type or value
         ("train.batch_size=x", r"train\.batch_size: .*integer.*got 'x'"),
+        ("data.name=npz data.path=[a]", r"data\.path: Input is not a valid path, got \['a'\]"),
         (r'data.name=npz data.path="a\0"', r"data\.path: no path has a null character, got "),
         (r'data.name=npz data.path="\ud800"', r"data\.path: .* surrogates not allowed, got "),
         ("train.lr=.nan", r"train\.lr: .*finite"),
