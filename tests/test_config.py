@@ -3,6 +3,7 @@
 import copy
 import json
 import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,8 @@ def written(path, text):
         ("train.budget=1.5e2m", 9000.0),
         ("train.budget=2 min", 120.0),
         ("train.budget=2hours", 7200.0),
+        ("seed=010", 10),  # PyYAML reads it as octal.
+        *((f"data.root={name}", Path(name).absolute()) for name in ("2024", "2024-05-01", "a #1")),
     ],
 )
 def test_a_setting(text, expected):
@@ -121,9 +124,11 @@ def test_steps_and_budget_clear_each_other():
         ("model.name=os.path", r"model\.name: module 'os\.path' has no function `build`"),
         # a wrong type or value
         ("train.batch_size=x", r"train\.batch_size: .*integer.*got 'x'"),
+        ("data.name=npz data.path=[a]", r"data\.path: Input is not a valid path, got \['a'\]"),
         (r'data.name=npz data.path="a\0"', r"data\.path: no path has a null character, got "),
         (r'data.name=npz data.path="\ud800"', r"data\.path: .* surrogates not allowed, got "),
         ("train.lr=.nan", r"train\.lr: .*finite"),
+        ("train.budget=1:30", r"train\.budget: expected a duration .*got '1:30'"),
         ("train.logger=[wandb,wandb]", r"train\.logger: one of them is named twice"),
         ("model.width=x", r"model\.width: .*integer.*; or .*list"),
         # out of range
@@ -201,9 +206,9 @@ BOMB = "{a0: &a0 [1], " + ", ".join(
         ("{a: &a [*a]}", "a value contains itself"),
         ("{" + "a: {" * 21 + "}" * 22, "more than 20 levels"),
         ("{a: " + "b" * 2**16 + "}", "longer than 65536 characters"),
-        ("{a: 2024-13-45}", "month must be"),
+        ("{a: !!timestamp 2024-13-45}", "month must be"),
         ("{a: !!bool x}", "a value does not fit its type"),
-        ("{a: " + "1:" * 200 + "1.5}", "a value does not fit its type"),
+        ("{a: !!float " + "1:" * 200 + "1.5}", "a value does not fit its type"),
         ("a: 1\nb: {c: 1}\na: 2", r"a is given twice \(line 3, column 1\)$"),
         ("{a: !!python/name:os.system x}", "could not determine a constructor"),
         ("{a: !" + "x" * 60000 + " x}", "could not determine a constructor"),

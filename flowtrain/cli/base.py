@@ -76,6 +76,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)):
                 fail(f"out of memory; use a smaller batch or model: {error}", RunError.exit_code)
+            if str(error).startswith("Symlink loop"):  # of `Path.resolve` before Python 3.13
+                fail(str(error), UserError.exit_code)
             if not place(error):
                 raise
             fail(raised(error), RunError.exit_code)
@@ -216,7 +218,7 @@ JsonOption = Annotated[
 NAMES_OF_DATA = ("data.name=", "data.path=")
 DATA_NAMES = (
     "A data set (mnist, cifar10, digits, ..., found or downloaded under data.root), a folder of "
-    "image files, an image file, or an .npz or .npy file. "
+    "image files, an image file, an .npz or .npy file, or for vectors and points a CSV file. "
 )
 DatasetOption = Annotated[
     str | None,

@@ -51,8 +51,9 @@ def encode(
     from flowtrain.system.files import save
 
     check_suffix(out, (".npz",))
-    if images and (dataset is not None or split is not None):
-        raise UserError("--images: not with --data or --split")
+    other = dataset is not None or split is not None
+    if images and (other or options.words("; repeat --images for each file")):
+        raise UserError("--images: not with --data, --split or KEY=VALUE")
     if not images and dataset is None and split is None:
         raise UserError("give the images: --images FILE|FOLDER, --split test, or --data NAME")
     loaded = options.load_model()

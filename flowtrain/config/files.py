@@ -1,5 +1,6 @@
 """Configurations from YAML files and from `KEY=VALUE` on the command line."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from flowtrain.system.files import read_regular
 # Limits far beyond any configuration. A larger file or value is refused unread.
 LARGEST_YAML = 2**16  # characters, also with all aliases written out
 DEEPEST = 20  # levels of keys and lists
+
+# YAML 1.1 reads 010 as 8, 1:30 as 90, and 2024-05-01 as a date. Here these are texts.
+_TEXT = re.compile(r"[-+]?0[0-9_]|[-+]?[0-9_]+:|[0-9]{4}-")
 
 
 def parse(
@@ -62,6 +66,10 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.depth = self.size = 0
         self.sizes: dict[yaml.Node, int] = {}  # of what is complete
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        text = kind is yaml.ScalarNode and _TEXT.match(value)
+        return self.DEFAULT_SCALAR_TAG if text else super().resolve(kind, value, implicit)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -167,9 +175,12 @@ def _assignment(text: str) -> tuple[list[str], Any]:
     if len(keys) > DEEPEST:
         raise UserError(f"--set {cut(text)}: a key has at most {DEEPEST} levels")
     try:
-        return keys, _yaml(value)
+        read = _yaml(value)
     except ValueError as error:
         raise UserError(f"--set {cut(text)}: the value is not YAML: {error}") from error
+    # In a file, " #" begins a comment. Here it may be a part of a path.
+    as_written = isinstance(read, str) and read and value.strip().startswith(read)
+    return keys, value.strip() if as_written else read
 
 
 def differences(

@@ -40,7 +40,7 @@ def _describe(error: Mapping[str, Any], key: str, schema: type[BaseModel]) -> st
         return f"{cut(key)}: unknown key{_meant(key, schema)} (value {shown(error['input'])})"
     if error["type"] == "missing":
         return f"{key}: missing; add {key}=VALUE"
-    message = cut(error["msg"].removeprefix("Value error, "), 300)
+    message = cut(error["msg"].removeprefix("Value error, ").partition(" for <class")[0], 300)
     if error["type"] == "value_error" and "." not in key:
         return message
     return f"{cut(key)}: {message}, got {shown(error['input'])}"

@@ -43,14 +43,14 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _booleans_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
-        """pydantic would take `true` for 1."""
+    def _as_meant(cls, value: object, info: ValidationInfo) -> object:
+        """pydantic would take `true` for 1, and refuse a folder named 2024."""
         assert info.field_name is not None
         kinds = _types_in(cls.model_fields[info.field_name].annotation)
         values = value if isinstance(value, list) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(v, bool) for v in values):
             raise PydanticCustomError("boolean", "expected a number, not a boolean")
-        return value
+        return str(value) if Path in kinds and type(value) is int else value
 
 
 def _types_in(annotation: object) -> set[object]:

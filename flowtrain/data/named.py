@@ -1,6 +1,7 @@
 """Data that a command line names: a data set, a folder, an image file, or files of arrays."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def section_named(
     """The `data` section for a NAME on the command line.
 
     NAME is a data set that needs no path, the model's own data set, a folder of image files, an
-    image file, or what `flowtrain.datasets.npz` reads, for a model of vectors what
+    image file, or what `flowtrain.datasets.npz` reads, for a model of vectors or points what
     `flowtrain.datasets.vectors` reads. All keys that fit are taken from `own`, the
     section of the model. Image files get the size and channels of `shape`, the model's.
 
@@ -36,7 +37,7 @@ def section_named(
     values: dict[str, Any]
     if name in names:
         values = {"name": name}
-    elif own.name == "vectors" and path.suffix.lower() in vectors.SUFFIXES:
+    elif shape[1:] == (1, 1) and path.suffix.lower() in vectors.SUFFIXES:
         values = {"name": "vectors", "path": name}
     elif path.suffix.lower() in (".npz", ".npy") or any(path.glob("x_train*.npy")):
         values = {"name": "npz", "path": name}
@@ -59,6 +60,11 @@ def section_named(
     return {**{key: value for key, value in section.items() if key in kept}, **values}
 
 
+def source(data: DataConfig) -> tuple[str, str]:
+    """Name and place of a data set, the same for every spelling of its path."""
+    return data.name, os.path.realpath(data.options().get("path") or "")
+
+
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     """All images, in order, of data without a test split: an image file, a folder without `test/`,
     arrays or vectors without x_test. None for all other data, and for the model's `own`. Training
@@ -66,7 +72,7 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
     """
     options = config.options()
     path = options.get("path", Path())
-    if (config.name, path) == (own.name, own.options().get("path", Path())):
+    if source(config) == source(own):
         return None
     if config.name in ("npz", "vectors"):
         build = configuration.component(DataConfig, config.name).build

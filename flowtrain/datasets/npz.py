@@ -138,6 +138,14 @@ def _arrays_of_folder(folder: Path) -> dict[str, list[Stored]]:
     both = [key for key in KEYS if f"{key}.npy" in parts and len(found[key]) > 1]
     if both:
         raise UserError(f"data.path: {folder} has {both[0]}.npy and parts of it: remove either")
+    for key in KEYS:
+        numbers = sorted(int(match[2]) for match in parts.values() if match[1] == key and match[2])
+        first = min([1, *numbers])
+        if numbers != [*range(first, first + len(numbers))]:
+            raise UserError(
+                f"data.path: {folder} has {len(numbers)} parts of {key}, numbered {numbers[0]} to "
+                f"{numbers[-1]}: one is missing or there twice"
+            )
     return found
 
 

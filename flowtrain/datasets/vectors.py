@@ -99,6 +99,8 @@ def _columns(path: Path) -> tuple[list[str], bool]:
     with _reading(path) as lines:
         first = next(lines, "")
         texts = next(csv.reader([first]), [])
+        if not texts:
+            raise UserError(f"{KEY}{path}: it has no rows")
         named = bool(texts) and not any(map(_is_number, texts))
     return texts if named else [f"column {i}" for i in range(len(texts))], named
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.config import Data as DataConfig
+from flowtrain.data.named import source
 from flowtrain.data.splits import DataSet, Split, SplitName, labels_for, sampled
 from flowtrain.datasets.base import digests, duplicates, first_equal
 from flowtrain.errors import RunError, UserError
@@ -75,6 +76,12 @@ def evaluate(
     positions = sampled(len(split), num_images or len(split), seed)
     split = split.at(positions)
     here = _trained_on(model, data.config, data)
+    known = model.checkpoint.meta.get("data")
+    if here is None and known and source(data.config) == source(model.config.data):
+        log.warning(
+            "data: they have changed since the training, which may have had images of the %s split",
+            split_name,
+        )
     labels = None if here is None else _labels(model, data, split)
     require_memory(flow, len(distributed.shard(len(split))), batch_size, draws)
     scores = score(flow, split, draws=draws, seed=seed, batch_size=batch_size, progress=progress)

@@ -14,7 +14,7 @@ import torch
 from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.config import Config, Data
-from flowtrain.data.named import section_named
+from flowtrain.data.named import section_named, source
 from flowtrain.data.splits import DataSet, Split, sampled
 from flowtrain.datasets import base, folder
 from flowtrain.errors import UserError
@@ -79,7 +79,7 @@ def configured(
     here = configuration.parse(wanted, where, trust_code=True)
     values = configuration.override(values, [*lengths, *settings])
     there = configuration.parse(values, str(path), trust_code=True)
-    if _source(there.data) != _source(here.data):
+    if source(there.data) != source(here.data):
         raise UserError(f"{where}: {path} is of other data; give another --run-dir")
     if there.model.name != here.model.name:
         raise UserError(
@@ -92,10 +92,6 @@ def configured(
             "longer, add train.num_steps=STEPS --extend"
         )
     return there
-
-
-def _source(data: Data) -> tuple[str, Path]:
-    return data.name, Path(data.options().get("path", "")).resolve()
 
 
 def choose(

@@ -76,6 +76,7 @@ def folder(tmp_path_factory):
     os.mkfifo(here / "pipe.fta")
     (here / "locked").mkdir(mode=0o555)
     (here / "empty").mkdir()
+    (here / "loop").symlink_to("loop")
     for name in ("good", "sub/good", "a.png/b", "sub/a", "taken/a", "done/grid"):
         picture(here / f"{name}.png")
     picture(here / "wide.png", (9, 8))
@@ -103,6 +104,7 @@ TABLE = [
     ("train --for latents TINY", "--for: is for DATA"),
     ("train good.png", "DATA good.png: one image is not enough"),
     ("train nope", "DATA nope: neither a data set"),
+    ("train loop", "loop"),
     ("train two_moons", "DATA two_moons: these are not images", "--config"),
     ("train digits --budget soon", "--budget: train.budget: expected a duration"),
     ("train --lr 1", "No such option: --lr", "train.lr=VALUE"),
@@ -166,6 +168,8 @@ TABLE = [
     ("interpolate run --along a --strength nan", "--strength nan: expected a finite number"),
     ("encode run --out x.npz", "give the images", "--images", "--split", "--data"),
     ("encode run --images good.png --split test --out x.npz", "--images: not with --data"),
+    ("encode run --images good.png data.root=x --out x.npz", "--images: not with", "KEY=VALUE"),
+    ("encode run --images good.png wide.png --out x.npz", "wide.png: expected", "repeat --images"),
     ("encode points --images good.png --out x.npz", "--images good.png", ".npy or .npz"),
     ("encode run --split validation --set data.validation=0 --out x.npz", "it is empty"),
     ("encode points --images cut.npy --out x.npz", "cut.npy has the type uint8", "real"),
@@ -180,6 +184,8 @@ TABLE = [
     ("attributes run --positive a --negative b --to-class 1", "one of three ways"),
     ("attributes run --to-class 1 --from-class 1", "--to-class 1: it is the same class"),
     ("attributes run --from-class 1 --csv gone.csv", "these need --to-class"),
+    ("attributes run --positive sub --negative a.png wide.png", "wide.png: expected", "repeat"),
+    ("attributes run --csv gone.csv data.root=x", "KEY=VALUE: these need --to-class"),
     ("attributes run --to-class 1 --data sub", "--data sub: it has no classes"),
     ("attributes run --to-class 1 --images sub", "--images: needs --csv"),
     ("attributes run --csv gone.csv --name x", "--name x: the attributes of --csv"),

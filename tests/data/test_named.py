@@ -81,12 +81,16 @@ def test_all_images_of_arrays_without_splits(tmp_path, layout):
         assert data.undivided and values(data) == [i // 2 for i in range(25)]
     np.save(tmp_path / "one.npy", pixels[9:10])
     assert values(named(tmp_path / "one.npy", own)) == [4]
+    np.save(tmp_path / "points.npy", np.eye(2))
+    points = named(tmp_path / "points.npy", {"name": "two_moons"}, (2, 1, 1))
+    assert points.undivided and values(points) == [1, 0]
 
 
 def test_the_models_own_data_keep_their_splits(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=np.zeros((20, 8, 8, 3), "u1"))
+    (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
     own = {"name": "npz", "path": str(tmp_path / "a.npz")}
-    for name in ("npz", tmp_path / "a.npz"):
+    for name in ("npz", tmp_path / "a.npz", tmp_path / "link.npz"):
         data = named(name, own)
         assert not data.undivided and len(data.split("test")) == 2
 

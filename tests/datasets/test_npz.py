@@ -97,6 +97,8 @@ def test_arrays_that_do_not_fit(tmp_path, monkeypatch, arrays, options, message)
     [
         ("x_train-1.npy", noise(5, 8, 9, 3), r"x_train-1.npy has images of 8x9 .*-0.npy of 8x8"),
         ("x_train-1.npy", noise(5, 8, 8, 3) / 2, r"x_train-1.npy has the type float64"),
+        ("x_train-2.npy", GOOD, "2 parts of x_train, numbered 0 to 2: one is missing"),
+        ("y_train-3.npy", np.arange(9), "1 parts of y_train, numbered 3 to 3: one is missing"),
         ("x_test.npy", noise(5, 8, 7, 3), r"x_train are 8x8 .* x_test 8x7"),
         ("x_train.npy", GOOD, "has x_train.npy and parts of it: remove either"),
         ("y_train.npy", np.arange(8), r"y_train in .* is int64 of shape \(8,\): .* 9 images"),

@@ -94,6 +94,13 @@ def test_what_is_refused(name, make, message, tmp_path):
         build("vectors", "", "train", path=tmp_path / name).read()
 
 
+def test_a_file_without_columns_is_refused_at_once(tmp_path):
+    """No model is built for it."""
+    (tmp_path / "a.csv").write_text("\n\n")
+    with pytest.raises(UserError, match="a.csv: it has no rows"):
+        build("vectors", "", "train", path=tmp_path / "a.csv")
+
+
 def test_vectors_to_be_scored_may_have_a_constant_column(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=VALUES, x_test=VALUES[:1])
     assert len(build("vectors", "", "test", path=tmp_path / "a.npz").read()) == 1

@@ -86,8 +86,11 @@ def test_equal_images_are_counted(tmp_path, flow):
     assert counts("train") == (0, "nothing")
 
 
-@pytest.mark.parametrize("case", ["a copy", "other labels", "other images", "no test split"])
-def test_other_data_are_told_by_their_content(tmp_path, case):
+CASES = ["a copy", "other labels", "other images", "no test split", "changed"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_data_are_told_by_their_content(tmp_path, case, caplog):
     """All of these are `npz`."""
     section = npz(tmp_path / "own.npz", 20, 20, (4, 4, 1), validation=5)
     labels = dict.fromkeys(("y_train", "y_test"), np.arange(20) % 3)
@@ -104,14 +107,17 @@ def test_other_data_are_told_by_their_content(tmp_path, case):
         "other labels": {**own, "y_train": (own["y_train"] + 1) % 3},
         "other images": {**own, "x_train": own["x_test"], "x_test": trained},
         "no test split": {"x_train": trained, "y_train": np.zeros(15, int)},
+        "changed": {"x_train": own["x_test"], "x_test": trained},
     }[case]
-    np.savez(tmp_path / "other.npz", **other)
-    of_other = config.data.model_copy(update={"path": tmp_path / "other.npz"})
+    path = tmp_path / ("own.npz" if case == "changed" else "other.npz")
+    np.savez(path, **other)
+    of_other = config.data.model_copy(update={"path": path})
     data = DataSet(of_other, undivided(of_other, config.data))
     content = evaluate(model, data, "all" if data.undivided else "test")[0].content()
-    shared = 15 if case in ("other images", "no test split") else 0
+    shared = {"other images": 15, "no test split": 15, "changed": None}.get(case, 0)
     assert content["duplicates_of_training"] == shared
     assert ("accuracy" in content) == (case == "a copy")
+    assert ("changed since the training" in caplog.text) == (case == "changed")
 
 
 def test_every_split_and_data_of_another_shape(tmp_path, flow):

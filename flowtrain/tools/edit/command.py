@@ -127,8 +127,9 @@ def attributes(
         )
     if images is not None and table is None:
         raise UserError("--images: needs --csv")
-    if to_class is None and not (from_class is None and dataset is None and split is None):
-        raise UserError("--from-class, --data and --split: these need --to-class")
+    of_data = not (from_class is None and dataset is None and split is None)
+    if to_class is None and (of_data or options.words("; repeat the option for each file")):
+        raise UserError("--from-class, --data, --split and KEY=VALUE: these need --to-class")
     if to_class is not None and to_class == from_class:
         raise UserError(f"--to-class {to_class}: it is the same class as --from-class")
     if table is not None and name is not None:
