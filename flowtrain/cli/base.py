@@ -256,8 +256,8 @@ class SettingOptions:
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Override keys of the configuration: train.lr=5e-4, or data.root=DIR if the data "
-            "of a trained model have moved.",
+            help="Override keys of the configuration, such as train.lr=5e-4. A trained model takes "
+            "only keys of data, such as data.root=DIR if the data have moved.",
             autocompletion=_complete_key,
         ),
     ] = None
