@@ -116,7 +116,8 @@ def interpolate(
     drawing = draw.drawing(flow, lambda: data.split("test"))
     count = len(image) if image else 1 if files else pairs
     what = f"--steps {steps}: a picture of {count:,} paths of {steps:,} images needs"
-    drawing.require_room(steps * count, flow.shape, steps, what)
+    across = count if suffix == ".gif" else steps  # images in a row, which is enlarged if short
+    drawing.require_room(steps * count, flow.shape, across, what)
     latents = None
     if from_class is not None or along is not None:
         data.require(flow.shape, flow.num_bins, loaded.checkpoint.path)

@@ -37,11 +37,6 @@ def encode(flow: Flow, x: Tensor, progress: Callable[[float, float], None] = sil
     return z
 
 
-def joined(levels: Sequence[Tensor]) -> Tensor:
-    """The inverse of `Flow.split_latents`: levels as latents `(B, D)`."""
-    return torch.cat([level.flatten(1) for level in levels], dim=1)
-
-
 def difference(flow: Flow, x: Tensor, back: Tensor, names: Sequence[str]) -> float:
     """The largest difference of points from decoded ones, or 0.0 for images.
 
@@ -121,7 +116,7 @@ def picture_names(names: Sequence[str]) -> list[str]:
 def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:
     """Image files, and those in folders at any depth, by name: the path below the folder.
 
-    A file in a folder that has the name of an earlier one is left out, with a warning. Raises
+    Files in a folder that have the name of an earlier one are left out, with a warning. Raises
     `UserError` that begins with `option` if a folder has no image, or if one of `paths` itself has
     the name of an earlier file.
     """
@@ -135,14 +130,13 @@ def files_at(paths: Sequence[Path], option: str) -> dict[str, Path]:
                 why = str(error).removeprefix("data.path: ")
                 raise UserError(f"{option} {path}: {why}") from None
             named = {name: path / name for name in names}
-        for name, file in named.items():
-            if name not in found:
-                found[name] = file
-                continue
-            problem = f"{option} {file}: it has the same name as {found[name]}"
+        if same := [name for name in named if name in found]:
+            problem = f"{option} {named[same[0]]}: it has the same name as {found[same[0]]}"
             if not path.is_dir():
                 raise UserError(problem)
-            log.warning("%s, and is left out", problem)
+            also = f", like {len(same) - 1} more files in {path}" if len(same) > 1 else ""
+            log.warning("%s, and is left out%s", problem, also)
+        found |= {name: file for name, file in named.items() if name not in found}
     return found
 
 

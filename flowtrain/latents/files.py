@@ -21,7 +21,6 @@ from torch import Tensor
 from flowtrain.checkpoints.load import LoadedModel, model_hash
 from flowtrain.errors import UserError, cut
 from flowtrain.flow.flow import Flow
-from flowtrain.latents.encoding import joined
 from flowtrain.system.arrays import ArrayFile
 from flowtrain.system.files import check_names
 
@@ -74,12 +73,12 @@ def read(path: Path, model: LoadedModel) -> Latents:
         if not finite.all():
             name = names[int(finite.argmin())]
             raise UserError(f"{path}: level{number} of {cut(name)} has a number that is not finite")
-        levels.append(torch.from_numpy(level))
+        levels.append(torch.from_numpy(level).flatten(1))
     try:
         check_names(names)
     except ValueError as error:
         raise UserError(f"{path}: names: {error}") from None
-    return Latents(joined(levels), names)
+    return Latents(torch.cat(levels, dim=1), names)
 
 
 def images_npz(flow: Flow, x: Tensor, names: Sequence[str]) -> bytes:

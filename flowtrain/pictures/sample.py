@@ -56,7 +56,7 @@ def sample(
     pixels = flow.dims * (4 if flow.num_bins is None else 1)
     capacity.require(
         # Latents as drawn and as placed, and images in parts and as a whole.
-        2 * 4 * num * flow.latent_dims + 2 * count * pixels,
+        4 * (1 + groups) * num * flow.latent_dims + 2 * count * pixels,
         f"--num-images {num}: {count:,} samples need",
     )
     z = flow.draw_latents(num, generator(seed, Stream.LATENTS, first))

@@ -361,7 +361,9 @@ def write_folder(out: Path, files: Iterable[tuple[str, bytes]]) -> None:
                 names.append(name)
                 with _naming(out / name):
                     (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                    (temporary / name).write_bytes(data)
+                    # Names that differ in case alone are the same on some file systems.
+                    with (temporary / name).open("xb") as file:
+                        file.write(data)
             require_absent(names, out)
             if not there:
                 temporary.rename(out)

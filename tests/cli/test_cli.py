@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 import yaml
 from catalogue import SHORT, SMALL, TINY_RUN, WORDS, sets
 from cli_helpers import copy_of, events, last, metrics, quick, result, start, summary, trained, tree
@@ -22,10 +23,12 @@ from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import load_model
 from flowtrain.cli.configs import find_config
+from flowtrain.cli.interpolate import interpolate
 from flowtrain.config import load_config, parse
 from flowtrain.data.splits import DataSet
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.pictures import grid
+from flowtrain.system import capacity
 
 pytestmark = pytest.mark.run
 
@@ -450,6 +453,15 @@ def test_a_grid_in_the_run_and_an_animation(run, tmp_path):
         frames.append(cells(animation, 1, 4)[0])
     assert np.array_equal(frames[:8], rows.swapaxes(0, 1))
     assert all(map(np.array_equal, frames[8:], frames[6:0:-1]))
+
+
+def test_an_animation_without_room_is_refused(tmp_path, monkeypatch, capsys):
+    """Its frames of four images are enlarged 25 times, and a row of a hundred 4 times."""
+    monkeypatch.setattr(capacity, "available", lambda device: 4 * 100 * 64 * 24**2 * 4)
+    with pytest.raises(typer.Exit):
+        interpolate(model="glow_digits", steps=100, out=tmp_path / "a.gif")
+    said = capsys.readouterr().err
+    assert "--steps 100: a picture of 4 paths of 100 images needs at least" in said
 
 
 def test_own_image_files(tmp_path):

@@ -123,7 +123,7 @@ def test_encode_and_decode_give_every_pixel_back(name, tmp_path):
 
 
 def test_unusable_files_of_folders_are_left_out(model, tmp_path, caplog):
-    for name in ("a/x.png", "a/y.png", "b/x.png", "b/z.gif"):
+    for name in ("a/x.png", "a/y.png", "b/x.png", "b/y.png", "b/z.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (8, 8), 255).save(tmp_path / name)
     a, b = tmp_path / "a", tmp_path / "b"
@@ -131,7 +131,8 @@ def test_unusable_files_of_folders_are_left_out(model, tmp_path, caplog):
     (b / "worse.png").symlink_to("nowhere")
     names, x = encoding.named_images([a, b], model, None)
     assert names == ["x.png", "y.png", "z.gif"] and (x == 16).all() and len(x) == 3
-    assert f"--images {b}/x.png: it has the same name as {a}/x.png, and is left" in caplog.text
+    same = f"--images {b}/x.png: it has the same name as {a}/x.png, and is left out, like 1 more"
+    assert same in caplog.text and caplog.text.count("the same name") == 1
     assert "--images: 2 of 5 images cannot be read and are left out:" in caplog.text
     assert f"  {a}/bad.png: cannot be read as an image (cannot identify" in caplog.text
     assert f"  {b}/worse.png: there is no such image file" in caplog.text

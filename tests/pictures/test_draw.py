@@ -122,6 +122,7 @@ def test_a_picture_without_room_is_refused(monkeypatch):
     for message, use in (
         ("--num-images 6: 6 samples need", lambda: sample(flow, 6, [1.0], 0)),
         ("--num-images 3: 15 samples need", lambda: sample(flow, 3, [1.0] * 5, 0)),
+        ("--num-images 4: 8 samples need", lambda: sample(flow, 4, [1.0], 0, classes=[0, 1])),
         ("--steps 6: 1 paths of 6 images need", lambda: interpolate(flow, x[:1], x[1:], 6)),
     ):
         with pytest.raises(UserError, match=f"^{message} at least"):

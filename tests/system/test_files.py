@@ -188,8 +188,9 @@ def test_a_folder_is_written_whole_or_not_at_all(there, tmp_path):
 
     with pytest.raises(SystemExit):
         write_folder(out, content(SystemExit(143)))
-    with pytest.raises(RunError, match="out/a.png/c: cannot be written: File exists"):
-        write_folder(out, [("a.png", b""), ("a.png/c", b"")])
+    for other in ("a.png/c", "a.png"):  # "A.png" and "a.png" are one on some file systems
+        with pytest.raises(RunError, match=f"out/{other}: cannot be written: File exists"):
+            write_folder(out, [("a.png", b""), (other, b"")])
     assert set(tmp_path.rglob("*")) == before
     write_folder(out, content())
     new = {out / "a.png", out / "inner", out / "inner" / "b.png"}

@@ -87,16 +87,14 @@ def choose(
     *,
     plain: list[bytes] | None = None,
     embed: bool = False,
-    stream_size: int | None = None,
     progress: Callable[[], AbstractContextManager[Progress]] = lambda: nullcontext(silent),
     announce: Callable[[str], None] = lambda forecast: None,
 ) -> Compressed:
     """The smaller of two archives: with the flow, or in the strips `plain`.
 
     `names` are a file name per image, or one word, of which they are made. Without `plain`, the
-    flow is always tried. `embed` adds the model to an archive with the flow. `stream_size` is the
-    most images on a stack, by default the coder's. `announce` gets a forecast of the time before
-    the coding.
+    flow is always tried. `embed` adds the model to an archive with the flow. `announce` gets a
+    forecast of the time before the coding.
     """
     images, bound, promising = prepared.images, prepared.bound, prepared.promising
     sides = prepared.model.flow.sides
@@ -104,7 +102,7 @@ def choose(
         images = turn_each(images.clone(), prepared.sides)
     without = math.inf if plain is None else len(_pack(prepared, names, [], plain, b""))
     embedded = checkpoint_format.encoded(*prepared.model.alone()) if embed else b""
-    number = -(-len(promising) // (stream_size or prepared.coder.stream))  # of streams
+    number = -(-len(promising) // prepared.coder.stream)  # of streams
     streams: list[EncodedStream] = []
     data = b""
     seconds = 0.0

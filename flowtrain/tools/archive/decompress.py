@@ -65,7 +65,9 @@ class Opened:
                     f"{self.path}: it needs the model {self.hash}, which was "
                     f"{cut(wanted.path)}: give its path by --model"
                 )
-            model = load_model(given or wanted.path, CPU, wanted.weights, trust_code)
+            # A model that was pushed has the averaged weights alone, as raw ones.
+            weights = None if wanted.weights == "ema" else "raw"
+            model = load_model(given or wanted.path, CPU, weights, trust_code)
         found = model_hash(model)[: archive.HASH_DIGITS]
         if found != self.hash:
             raise UserError(

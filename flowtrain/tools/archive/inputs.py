@@ -1,6 +1,7 @@
 """The images that go into an archive, and their sizes in ordinary formats."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,12 @@ def _pixels(path: Path, shape: tuple[int, int, int], num_bins: int) -> Tensor:
             found = f"{image.width}x{image.height} {image.mode}"
             frames = getattr(image, "n_frames", 1)
             fits = found == form_of(shape) and frames == 1
+            # Of 16 bits of a colour, Pillow keeps 8. The decoders of PPM get the largest value.
+            if fits and any(
+                re.search(";16[BLN]", str(args)) or (codec[:3] == "ppm" and args[1] > 255)
+                for codec, _, _, args in getattr(image, "tile", ())
+            ):
+                found, fits = f"{found} of 16 bits", False
             pixels = np.array(image) if fits else np.empty(0)
             # PNG's tRNS: one colour or level is transparent.
             transparent = "transparency" in image.info

@@ -43,7 +43,9 @@ def from_folders(
     check_name(name)
     groups = []
     for option, paths in (("--positive", positive), ("--negative", negative)):
-        files = list(files_at(paths, option).values())
+        # Each path by itself: files of two folders may have the same names.
+        found = [file for path in paths for file in files_at([path], option).values()]
+        files = list(dict.fromkeys(found))
         chosen = [files[i] for i in sampled(len(files), most, seed)]
         groups.append(readable_images(chosen, paths, model, option)[1])
     return _labelled(name, *groups)

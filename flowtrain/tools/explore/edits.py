@@ -81,14 +81,14 @@ class Components:
     deviations: Tensor
 
 
-def components(z: Tensor, count: int = COMPONENTS) -> Components:
+def components(z: Tensor) -> Components:
     """The principal directions of latents of a level, `(N, d)`.
 
     The largest entry of a direction in size is positive, so that signs are reproducible.
     """
     from sklearn.decomposition import PCA
 
-    count = min(count, len(z) - 1, z.shape[1])
+    count = min(COMPONENTS, len(z) - 1, z.shape[1])
     with np.errstate(invalid="ignore"):  # equal latents: shares of no variance
         found = PCA(count, svd_solver="full").fit(z.double().cpu().numpy())
     # The last of as many directions as there are images have no variance.

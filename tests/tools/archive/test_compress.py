@@ -17,6 +17,7 @@ from coding_helpers import affine_flow, causal_flow, loaded, opened, picture, sm
 from helpers import images
 from PIL import Image
 
+from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
@@ -60,9 +61,13 @@ def faint(count: int) -> torch.Tensor:
     return smooth(count, (3, 4, 4)) // 8 + 112
 
 
-def made(model, x: torch.Tensor, names="train", plain=None, **options) -> compress.Compressed:
-    """With the flow, however much it takes, unless `plain` is given."""
-    return compress.choose(compress.prepare(model, x), names, plain=plain, **options)
+def made(
+    model, x: torch.Tensor, names="train", plain=None, stream=None, **options
+) -> compress.Compressed:
+    """With the flow, however much it takes, unless `plain` is given. `stream` is its stack size."""
+    prepared = compress.prepare(model, x)
+    prepared.coder.stream = stream or prepared.coder.stream
+    return compress.choose(prepared, names, plain=plain, **options)
 
 
 @pytest.mark.parametrize("count", [1, 500])
@@ -139,7 +144,7 @@ def embedding() -> bytes:
     """With the model in it, and three streams."""
     model = load_model(str(run()), torch.device("cpu"))
     x = DataSet(model.config.data).split("train").take(slice(0, 120))
-    return made(model, x, embed=True, stream_size=40).data
+    return made(model, x, embed=True, stream=40).data
 
 
 @pytest.mark.parametrize("kind", ["glow", "causal", "affine"])
@@ -152,7 +157,7 @@ def test_threads_and_streams_change_no_byte(kind, model, digits, causal, tmp_pat
     archives = set()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        archives.add(made(used, x, stream_size=size).data)
+        archives.add(made(used, x, stream=size).data)
     assert len(archives) == 1
     found = opened(tmp_path / "a", archives.pop())
     assert (found.num_bins, found.description.shape) == (used.flow.num_bins, used.flow.shape)
@@ -285,6 +290,15 @@ def test_another_model_is_refused(model, tmp_path):
     found.hash = "0" * archive.HASH_DIGITS
     with pytest.raises(UserError, match="is another one.*give its path by --model"):
         found.load(None, False)
+
+
+def test_the_averaged_weights_alone_decode_too(model, digits, tmp_path):
+    """As `flowtrain push` writes them."""
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(checkpoint_format.encoded(*model.alone()))
+    found = opened(tmp_path / "a", made(model, digits[:100]).data)
+    assert found.description.model.weights == "ema"
+    assert found.load(str(alone), False).weights == "raw"
 
 
 # --- the commands ---------------------------------------------------------------------------------

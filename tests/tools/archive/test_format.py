@@ -29,7 +29,8 @@ def coded() -> tuple[LoadedModel, bytes]:
     model = loaded(affine_flow((3, 8, 8), 32), shape=[3, 8, 8], levels=32, format=1)
     x = torch.cat([torch.full((1, 3, 8, 8), 31).byte(), smooth(70, (3, 8, 8)) // 16 + 8])
     prepared = compress.prepare(model, x)
-    return model, compress.choose(prepared, "train", embed=True, stream_size=24).data
+    prepared.coder.stream = 24
+    return model, compress.choose(prepared, "train", embed=True).data
 
 
 def test_a_flipped_bit_anywhere_is_caught(coded, tmp_path):

@@ -24,11 +24,14 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_folders(model, photos):
+def test_folders(model, photos, tmp_path):
     found = labels.from_folders([photos], [photos / "sub"], "x", model, 3)
     assert found.attributes["x"].tolist() == [True, True, True, False]
     assert found.x[:, 0, 0, 0].tolist() == [0, 8, 16, 16]
     assert len(labels.from_folders([photos], [photos / "sub"], "x", model, 2).x) == 3
+    picture(tmp_path / "more" / "a.png", value=255)  # the same name as in the other folder
+    both = [photos, tmp_path / "more", tmp_path / "more"]
+    assert len(labels.from_folders(both, [photos], "x", model, 9).x) == 4 + 3
 
 
 def table(photos, text) -> Path:

@@ -124,6 +124,8 @@ def test_samples_by_temperature_and_seed(page):
     after(page.locator("#another").click)
     page.fill("#seed", "-1")
     playwright.expect(page.locator("#status")).to_contain_text("not negative")
+    open_sample(page, 1)
+    playwright.expect(page.locator("#status")).to_be_empty()
     page.fill("#seed", "0")
     page.click("#more-samples")
     playwright.expect(grid).to_have_count(72)
@@ -275,6 +277,11 @@ def test_a_reload_keeps_the_image(page):
     page.reload()
     playwright.expect(page.locator("#shown")).to_have_attribute("alt", "Sample 0 of seed 0")
     page.wait_for_selector("body[data-facts]")
+    # Two large images are more than a browser keeps.
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full') } }")
+    page.wait_for_selector("#principal input")
+    changed(page, lambda: slide(page.locator("#principal input").first, 3))
+    assert page.evaluate("sessionStorage.length") == 0
 
 
 def test_the_ends_of_the_sliders(page):

@@ -61,6 +61,7 @@ const moves = new Latest(async (wanted, newest) => {
   $("#shown").classList.add("waiting");
   const answer = await trying(() => ask("show", { place: wanted }), "The image is computed");
   if (!answer || !newest()) return;
+  if ($("#status").classList.contains("bad")) say(""); // of an earlier image
   const shown = $("#shown");
   shown.src = answer.image;
   shown.alt = described(wanted);
@@ -84,8 +85,12 @@ function described(wanted) {
 /** Shows the image at the place, and a little later what the model says about it. */
 function move() {
   if (!place.source) return;
-  sessionStorage.setItem("kept", JSON.stringify({ model: about.model, place, ends }));
   moves.push(asked());
+  try {
+    sessionStorage.setItem("kept", JSON.stringify({ model: about.model, place, ends }));
+  } catch { // two large images may not fit
+    sessionStorage.removeItem("kept");
+  }
 }
 
 /** Opens the image from before a reload, with its edits, unless the model has other levels now. */
