@@ -333,7 +333,7 @@ class Flow(nn.Module):
         if denoise and self.dequantizer.sigma is None:  # before the work of the inverse
             raise ValueError(f"denoise: {NO_SIGMA}")
         z = torch.as_tensor(z, dtype=self.dtype, device=self.device)
-        if z.shape[1:] != (self.latent_dims,):
+        if z.shape[1:] != (self.latent_dims,) or not len(z):
             raise ValueError(f"expected latents (B, {self.latent_dims}), got {tuple(z.shape)}")
         labels = self._checked_labels(labels, len(z))
         context = self._checked_context(context, len(z))

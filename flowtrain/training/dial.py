@@ -105,7 +105,8 @@ def choose(
     Raises `UserError` for data that are no images, or if the smallest size does not fit.
     """
     family, where = FAMILIES[purpose], f"DATA {name}"
-    values: Values = {"data": _section(name)}
+    keys_given = {each.partition("=")[0].strip() for each in settings}
+    values: Values = {"data": _section(name, "data.size" in keys_given)}
     configuration.override(values, [each for each in settings if each.startswith("data.")])
     data = DataSet(configuration.parse(values, where, trust_code=True).data)
     levels = data.kind.require_bins(
@@ -131,7 +132,6 @@ def choose(
         own |= {"model": _model(size, data, where), "train": own["train"] | keys}
         return configuration.parse(configuration.override(own, settings), where, trust_code=True)
 
-    keys_given = {each.partition("=")[0].strip() for each in settings}
     batch_given = not keys_given.isdisjoint({"train.batch_size", "train.accumulate"})
 
     def step(size: Size, precision: str) -> Step | None:
@@ -219,7 +219,7 @@ def _named(name: str) -> Values:
     return section_named(name, _default_data(), (3, SIDES[0], SIDES[0]), "DATA")
 
 
-def _section(name: str) -> Values:
+def _section(name: str, size_given: bool) -> Values:
     """The `data` section of a NAME on a command line. A folder's images decide size and colour."""
     section, path = _named(name), Path(name)
     if section["name"] != "folder":
@@ -237,7 +237,8 @@ def _section(name: str) -> Values:
     side = int(statistics.median(base.shorter_side(file) for file, _ in readable))
     size = next((each for each in SIDES if each <= side), side)
     grey = all((pixels == pixels[:1]).all() for _, pixels in readable)
-    console.print(f"size: {size} pixels, as half of the images have a side of {side} or more")
+    if not size_given:
+        console.print(f"size: {size} pixels, as half of the images have a side of {side} or more")
     return section | {"size": size, "channels": 1 if grey else 3}
 
 

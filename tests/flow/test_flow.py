@@ -147,7 +147,7 @@ def test_samples(model):
     assert flow.draw_latents(2000, seeded()).std().item() == pytest.approx(1, abs=0.02)
     with pytest.raises(FloatingPointError, match="1 of 2"):
         flow.decode(torch.tensor([[0.0], [math.nan]]).expand(2, 16))
-    for shape in [(16,), (2, 1), (2, 1, 4, 4)]:
+    for shape in [(16,), (2, 1), (2, 1, 4, 4), (0, 16)]:
         with pytest.raises(ValueError, match=r"expected latents \(B, 16\), got \(\d+,"):
             flow.decode(torch.zeros(shape))
     lines = repr(flow).splitlines()

@@ -73,7 +73,7 @@ def test_a_size_needs_its_steps(tmp_path, pace):
         for steps in (size.steps - 1, size.steps):
             if steps > 0:
                 widths.append(choose(data, 0.1 * steps + 0.01).model.options()["width"])
-    assert widths == [48, 96, 96, 160, 160, 192, 192, 192]
+    assert widths == [48, 96, 96, 160, 160, 192, 192, 224]
 
 
 def test_a_run_ends_before_its_images_are_learned_by_heart(tmp_path, pace):
@@ -158,7 +158,7 @@ def photos(folder, sizes, mode):
     return folder
 
 
-def test_a_folder_decides_size_and_colour(tmp_path, pace):
+def test_a_folder_decides_size_and_colour(tmp_path, pace, capsys):
     pace(1)
     mixed = [(70, 40), (33, 90), (20, 50), (400, 300)]
     colour = choose(photos(tmp_path / "a", mixed, "RGB")).data
@@ -166,8 +166,10 @@ def test_a_folder_decides_size_and_colour(tmp_path, pace):
     (tmp_path / "a" / "broken.png").write_bytes(b"no picture")
     small = choose(photos(tmp_path / "b", [(12, 9), (9, 30), (9, 9), (9, 9)], "L")).data
     assert (small.size, small.channels, small.flip) == (8, 1, None)
+    assert "size: 8 pixels" in capsys.readouterr().out
     given = ("data.size=4", "data.flip=false")
     assert choose(tmp_path / "a", settings=given).data.options()["size"] == 4
+    assert "pixels, as half" not in capsys.readouterr().out
     assert choose(tmp_path / "a", settings=given).data.flip is False
     tiny = choose(photos(tmp_path / "c", [(5, 5)] * 4, "RGB")).data
     assert tiny.size == 5
