@@ -153,8 +153,9 @@ class Points:
         return torch.randn(shape, generator=randomness)
 
     def uniform_like(self, x: Tensor, randomness: torch.Generator) -> Tensor:
-        """As many examples as `x`, uniform over the range of its values."""
-        return x.min() + (x.max() - x.min()) * torch.rand(x.shape, generator=randomness)
+        """As many examples as `x`, uniform over the range of each entry, which has its own unit."""
+        low, high = x.aminmax(dim=0)
+        return low + (high - low) * torch.rand(x.shape, generator=randomness)
 
     def levels_per_unit(self, x: Tensor) -> float:
         """256 over the range of `x`, so that a level is a 256th of it."""

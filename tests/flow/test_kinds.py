@@ -56,6 +56,9 @@ def test_random_examples():
     given = torch.tensor([-3.0, 5.0]).reshape(2, 1, 1, 1).expand(-1, 100, 1, 1)
     x = POINTS.uniform_like(given, seeded(0))
     assert x.shape == given.shape and x.min() >= -3 and x.max() <= 5 and x.max() - x.min() > 7
+    units = torch.logspace(-9, 9, 100).view(100, 1, 1)
+    in_units = POINTS.uniform_like(units * given, seeded(0))
+    torch.testing.assert_close(in_units, units * x, rtol=1e-3, atol=0)
     assert POINTS.levels_per_unit(given) == 32 and IMAGES.levels_per_unit(given) == 16
     images = kind_of(17).uniform_like(torch.zeros(9, 1, 8, 8, dtype=torch.uint8), seeded(0))
     assert images.shape == (9, 1, 8, 8) and images.max() == 16
