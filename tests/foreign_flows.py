@@ -212,6 +212,19 @@ class InPlace(Scaled):
         return z.div_(self.log_scale.exp()), -self.log_scale.sum()
 
 
+class Here(Scaled, nn.Module):
+    """It moves to no device without values, as a module of TorchScript."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        super().__init__()
+
+    def _apply(self, fn, recurse=True):
+        if fn(torch.zeros(())).is_meta:
+            raise AssertionError("param must be a Parameter")
+        return super()._apply(fn, recurse)
+
+
 class Sparse(nn.Module):
     """Its matrix is sparse."""
 
@@ -493,6 +506,7 @@ OWN = {
     "slots and a named tuple": in_slots,
     "in place": InPlace,
     "sparse matrix": Sparse,
+    "on one device": Here,
     "integer log-det": Swapped,
 }
 ESTIMATES = {"residual": normflows_residual, "estimated": Estimated}

@@ -132,7 +132,11 @@ def check_device(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> 
 
     That device is torch's `meta`, whose tensors have no values. A layer that reads values passes.
     """
-    elsewhere = layers_of(copy.deepcopy(flow).to("meta"))
+    notes.add("device", 0, "", IMAGES)
+    try:
+        elsewhere = layers_of(copy.deepcopy(flow).to("meta"))
+    except Exception:  # TorchScript has no such device
+        return
 
     def around(
         name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
@@ -146,7 +150,6 @@ def check_device(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> 
             notes.add("device", 1, name, IMAGES, reason="it makes or keeps tensors on the CPU")
         return call(layer, direction, given, context)
 
-    notes.add("device", 0, "", IMAGES)
     with contextlib.suppress(Exception):  # the passes note it
         flow.to_latents(x[:TOGETHER], noise[:TOGETHER], Watching(flow, around))
 
