@@ -3,6 +3,8 @@
 The image flows are of 1x8x8 images with 256 levels, and have a 1x1 convolution and an ActNorm.
 """
 
+import collections
+import dataclasses
 import math
 import types
 import warnings
@@ -200,11 +202,59 @@ class Scaled:
         return z * (-self.log_scale).exp(), -self.log_scale.sum()
 
 
-class Mixture(nn.Module):
-    """A density without latents: `log_prob` and `sample`."""
+class InPlace(Scaled):
+    """It changes its input."""
+
+    def forward(self, x):
+        return x.mul_(self.log_scale.exp()), self.log_scale.sum()
+
+    def inverse(self, z):
+        return z.div_(self.log_scale.exp()), -self.log_scale.sum()
+
+
+class Here(Scaled, nn.Module):
+    """It moves to no device without values, as a module of TorchScript."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        super().__init__()
+
+    def _apply(self, fn, recurse=True):
+        if fn(torch.zeros(())).is_meta:
+            raise AssertionError("param must be a Parameter")
+        return super()._apply(fn, recurse)
+
+
+class Sparse(nn.Module):
+    """Its matrix is sparse."""
 
     def __init__(self):
         super().__init__()
+        self.register_buffer("matrix", torch.tensor([[2.0, 0.0], [0.0, 1.0]]).to_sparse())
+
+    def forward(self, x):
+        return (self.matrix @ x.T).T, math.log(2)
+
+    def inverse(self, z):
+        return torch.stack([z[:, 0] / 2, z[:, 1]], dim=1), -math.log(2)
+
+
+class Swapped:
+    """Its log-det is an integer."""
+
+    def forward(self, x):
+        return x.flip(1), torch.tensor(0)
+
+    def inverse(self, z):
+        return z.flip(1), torch.tensor(0)
+
+
+class Mixture(nn.Module):
+    """A density without latents: `log_prob` and `sample`."""
+
+    def __init__(self, dims=2):
+        super().__init__()
+        self.dims = dims
         self.means = nn.Parameter(torch.tensor([-1.0, 2.0]))
 
     def log_prob(self, x):
@@ -212,7 +262,32 @@ class Mixture(nn.Module):
         return each.sum(2).logsumexp(1) - math.log(2)
 
     def sample(self, n):
-        return self.means[torch.arange(n) % 2, None] + torch.randn(n, 2)
+        return self.means[torch.arange(n) % 2, None] + torch.randn(n, self.dims)
+
+
+class OfIntegers(nn.Module):
+    """Exact probabilities of images of integers, without noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.linspace(0, 1, BINS))
+
+    def log_prob(self, x):
+        return self.logits.log_softmax(0)[x.long()].flatten(1).sum(1)
+
+    def sample(self, n):
+        return distributions.Categorical(logits=self.logits).sample((n, *SHAPE)).float()
+
+
+class Noisy:
+    """`log_prob` of images in [0, 1) adds the noise to them. The density of an entry y is 2 y."""
+
+    def log_prob(self, v):
+        y = v + SCALE * torch.rand_like(v)
+        return (2 * y).log().flatten(1).sum(1) - 64 * math.log(BINS)
+
+    def sample(self, n):
+        return torch.rand(n, *SHAPE).sqrt()
 
 
 class Dequantized(nn.Module):
@@ -339,6 +414,29 @@ def of_closures(module):
     )
 
 
+Weights = collections.namedtuple("Weights", "matrix net")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slots:
+    """An object without a dictionary. Its tensor and its module are in a named tuple."""
+
+    weights: Weights
+
+    def forward(self, x):
+        z, log_det = self.weights.net(x)
+        return z @ self.weights.matrix, log_det
+
+    def inverse(self, z):
+        return self.weights.net.inverse(z @ self.weights.matrix.T)
+
+
+def in_slots():
+    angle = torch.tensor(0.3)
+    rotation = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()]).view(2, 2)
+    return Slots(Weights(rotation, Coupling(batch_norm)))
+
+
 def trained_normal():
     log_scale = torch.zeros(2, requires_grad=True)
     base = distributions.Normal(torch.zeros(2, requires_grad=True), log_scale.exp())
@@ -351,6 +449,21 @@ def nflows_cached():
 
     steps = [transforms.LULinear(2, using_cache=True), transforms.RandomPermutation(2)]
     return flows.Flow(transforms.CompositeTransform(steps), distributions.StandardNormal([2]))
+
+
+def nflows_nested():
+    """Its last layer calls its first one."""
+    library("nflows")
+    from nflows import distributions, flows, transforms
+
+    cdf = transforms.PiecewiseRationalQuadraticCDF(2, num_bins=4)
+    transform = transforms.CompositeCDFTransform(transforms.Sigmoid(learn_temperature=True), cdf)
+    return flows.Flow(transform, distributions.StandardNormal([2])).eval()
+
+
+def logistic():
+    base = distributions.Uniform(torch.zeros(2), torch.ones(2))
+    return distributions.TransformedDistribution(base, distributions.SigmoidTransform().inv)
 
 
 HIDDEN = {"transforms": 2, "hidden_features": [8]}
@@ -378,16 +491,23 @@ IMAGES = {
     ),
     "noise of a flow": lambda: Foreign(Dequantized(False), SHAPE, BINS, adds_noise=True),
 }
-# Flows with tensors that are neither parameters nor buffers, with modules in other objects, or with
-# latents in a list.
+# Flows with tensors that are neither parameters nor buffers, with modules in other objects, with
+# latents in a list, or with other habits.
 OWN = {
     "latents in a list": Halves,
     "old weight_norm": lambda: Coupling(old_weight_norm),
     "trained normal": trained_normal,
     "nflows, cached": nflows_cached,
+    "nflows, nested": nflows_nested,
+    "inverse transform": logistic,
     "zuko, distribution": lambda: zuko_of("MAF", **HIDDEN)(),
     "closures": lambda: of_closures(Coupling()),
     "object around a module": lambda: Around(Coupling(batch_norm)),
+    "slots and a named tuple": in_slots,
+    "in place": InPlace,
+    "sparse matrix": Sparse,
+    "on one device": Here,
+    "integer log-det": Swapped,
 }
 ESTIMATES = {"residual": normflows_residual, "estimated": Estimated}
 

@@ -31,9 +31,9 @@ class Foreign:
         offset: Such as -0.5 to centre.
         alpha: For the logit, which has neither `scale` nor `offset`.
         flat: The flow takes an image as a vector `(D,)`.
-        adds_noise: The flow draws the noise itself. It takes `v = offset + scale x`, its log-det or
-            log-density has all terms of the bound on log P(x), and its inverse gives a value in the
-            bin of x.
+        adds_noise: The flow draws the noise itself, or needs none. It takes `v = offset + scale x`,
+            its log-det or log-density has all terms of the bound on log P(x), and its inverse gives
+            a value in the bin of x.
         bits_per_dim: The project's own figure for integers x, uint8 `(B, C, H, W)`: a number or
             `(B,)`. Or the number that it prints for its test images. `flowtrain doctor` compares it
             with its own.

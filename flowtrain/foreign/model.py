@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
@@ -32,6 +33,7 @@ class Source:
     def __init__(self, flow: Any):
         self.flow = flow
         self.running: Adapted | None = None  # while layers are diverted, their own functions
+        self.in_layer = False  # whether a diverted layer runs
         self.seed: int | None = None
         self.latent_shapes: list[tuple[int, ...]] = []  # found by a trial
 
@@ -85,12 +87,17 @@ def _trial(flow: Any, where: str) -> Iterator[None]:
 
 
 def _per_example(log_det: Any, like: Tensor) -> Tensor:
-    """A log-det as `(B,)` in its own type. Raises `ValueError` for another shape."""
+    """A log-det as `(B,)`, floating-point numbers. Raises `ValueError` for another shape."""
     if not isinstance(log_det, Tensor):
         return like.new_full((len(like),), float(log_det))
     if log_det.shape not in ((), (1,), (len(like),)):
         raise ValueError(f"log_det has shape {tuple(log_det.shape)}, expected ({len(like)},)")
-    return log_det.expand(len(like))
+    if not log_det.is_floating_point():
+        log_det = log_det.to(like.dtype)
+    if not log_det.ndim:  # a number on the CPU counts on every device
+        log_det = log_det.to(like.device)
+    expanded: Tensor = log_det.expand(len(like))
+    return expanded
 
 
 class ForeignLayer(Bijection):
@@ -107,7 +114,7 @@ class ForeignLayer(Bijection):
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         with self.source.called(x.dtype):
-            z, log_det = self.source.step(self.index).forward(x)
+            z, log_det = self.source.step(self.index).forward(x.clone())
             if not isinstance(z, Tensor):
                 z = torch.cat([part.flatten(1) for part in z], dim=1)
             return z, _per_example(log_det, x)
@@ -116,6 +123,7 @@ class ForeignLayer(Bijection):
         step = self.source.step(self.index)
         in_list = step.diverted is None and len(self.source.latent_shapes) > 1
         with self.source.called(z.dtype):
+            z = z.clone()
             x, log_det = step.inverse(self.source.parts(z) if in_list else z)
             return x, _per_example(log_det, z)
 
@@ -139,6 +147,8 @@ class ForeignBijection(Container):
         self.shape, self.input_shape = shape, input_shape
         self.own = flow if isinstance(flow, nn.Module) else nn.ModuleList(modules_in(flow))
         tensors = [*self.own.parameters(), *self.own.buffers(), *tensors_in(flow)]
+        if any(map(is_lazy, tensors)):
+            raise UserError("a lazy layer has no weights yet: call the flow on a batch first")
         # `Flow` reads device and type from the first parameter, and a flow need not have one.
         marker = torch.zeros(0, device=tensors[0].device if tensors else None)
         self.marker = nn.Parameter(marker, requires_grad=False)
@@ -169,6 +179,7 @@ class ForeignBijection(Container):
         adapted = adapt(source.flow)
         layers = list(self.inner_layers())
         divert = not isinstance(executor, Fused) and bool(layers)
+        x = x.clone()  # foreign code may change its input
         given: Any
         with source.called(x.dtype):
             if direction == "forward":
@@ -204,8 +215,18 @@ def _diverted(
         for layer, step in zip(layers, adapted.layers, strict=True):
             assert step.diverted is not None and step.module is not None  # they are modules
 
-            def call(direction: Direction, x: Tensor, own: Bijection = layer) -> Any:
-                return executor.call(own, direction, x, None)
+            def call(
+                direction: Direction, x: Tensor, own: Bijection = layer, step: Step = step
+            ) -> Any:
+                # A layer of another one is a part of that: `CompositeCDFTransform` of nflows has
+                # its first layer in its last one.
+                if source.in_layer:
+                    return getattr(step, direction)(x)
+                source.in_layer = True
+                try:
+                    return executor.call(own, direction, x, None)
+                finally:
+                    source.in_layer = False
 
             for name, function in step.diverted(call).items():
                 changed.append((step.module, name, step.module.__dict__.get(name, absent)))
@@ -289,14 +310,14 @@ class ForeignModel(Flow):
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         with self.source.called(z.dtype):
-            return self.source.adapted.base(self.source.parts(z))
+            return self.source.adapted.base(self.source.parts(z.clone()))
 
     def own_log_prob(self, v: Tensor) -> Tensor:
         """The library's own log-density of inputs `v` of the bijection, `(B,)`."""
         own = self.source.adapted.log_prob
         assert own is not None
         with self.source.called(v.dtype):
-            return own(v.reshape(len(v), *self.contract.input_shape))
+            return own(v.clone().reshape(len(v), *self.contract.input_shape))
 
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` latents of the library's base density. They are a function of `n`."""
@@ -327,6 +348,11 @@ def _tried(model: ForeignModel) -> list[tuple[int, ...]]:
     with _trial(flow, "a copy"):
         adapted = adapt(copied(flow))
     with seeded(0):
+        if model.num_bins is None and adapted.draw is not None:  # of the flow's own domain
+            with _trial(flow, "sample"):
+                v = adapted.inverse(adapted.draw(TRIED))[0].float()
+                if v.shape != (TRIED, *shape):
+                    raise ValueError(f"shape {tuple(v.shape)}, expected {(TRIED, *shape)}")
         with _trial(flow, "forward"):
             z, log_det = adapted.forward(v.reshape(TRIED, *shape))
             shapes = [tuple(part.shape[1:]) for part in z]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributions.transforms import _InverseTransform
 
 from flowtrain.errors import UserError
 
@@ -60,14 +61,19 @@ def require_held(thing: Any) -> None:
                 )
 
 
+@torch.no_grad()
 def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
     """A deep copy. Its tensors are detached, because torch copies no tensor with a history of
     gradients. Its functions refer to copies too, unlike after `copy.deepcopy`.
     """
     memo = {} if memo is None else memo
-    for each in _found(thing):
-        if isinstance(each, Tensor) and not each.is_leaf:
-            memo[id(each)] = each.detach().clone()
+    found = _found(thing)
+    for tensor in (each for each in found if isinstance(each, Tensor)):
+        if not tensor.is_leaf:
+            memo[id(tensor)] = tensor.detach().clone()
+    for each in reversed(found):  # parts first
+        if isinstance(each, _InverseTransform):  # whose copy by torch lacks its transform
+            memo[id(each)] = copy.deepcopy(each.inv, memo).inv
     new: T = _walk(copy.deepcopy(thing, memo), lambda tensor: tensor, {}, memo)
     return new
 
@@ -119,8 +125,11 @@ def _walk(thing: Any, fn: Change, seen: Seen, memo: dict[int, Any] | None = None
             _replace(vars(part), inner, _OF_TORCH)
     elif isinstance(thing, list):
         thing[:] = [inner(each) for each in thing]
-    elif type(thing) is tuple:
-        seen[id(thing)] = thing, tuple(inner(each) for each in thing)
+    elif isinstance(thing, tuple):
+        entries = [inner(each) for each in thing]
+        if any(new is not each for new, each in zip(entries, thing, strict=True)):
+            make = getattr(thing, "_make", type(thing))  # of a named tuple
+            seen[id(thing)] = thing, make(entries)
     elif isinstance(thing, dict):
         _replace(thing, inner)
     elif isinstance(thing, partial):
@@ -138,8 +147,13 @@ def _walk(thing: Any, fn: Change, seen: Seen, memo: dict[int, Any] | None = None
             cell.cell_contents = inner(cell.cell_contents)
         for name in _global_names(function):
             function.__globals__[name] = inner(function.__globals__[name])
-    elif hasattr(thing, "__dict__"):
-        _replace(vars(thing), inner)
+    else:
+        if hasattr(thing, "__dict__"):
+            _replace(vars(thing), inner)
+        held = object.__getstate__(thing)
+        for name, each in (held[1] if isinstance(held, tuple) else {}).items():  # of __slots__
+            if (new := inner(each)) is not each:
+                object.__setattr__(thing, name, new)
     return seen[id(thing)][1]
 
 

@@ -108,6 +108,15 @@ class Global(Raises):
         return torch.cat([x[:, :1], x[:, 1:] + NET(x[:, :1])], dim=1), 0
 
 
+class Lazy(Raises):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.LazyLinear(1)
+
+    def forward(self, x):
+        return torch.cat([x[:, :1], x[:, 1:] + self.net(x[:, :1])], dim=1), 0
+
+
 def of_contexts():
     return flows.library("zuko").flows.GMM(2, context=3)
 
@@ -133,6 +142,7 @@ def same(x):
         (Draws(lambda n: [][n]), "sample: IndexError: list index out of range"),
         (of_numbers, r"sample: ValueError: shape \(2,\), expected \(2, 2\)"),
         (of_contexts, "GMM: its parts: AttributeError"),
+        (Lazy(), "a lazy layer has no weights yet"),
         (Global(), "Global.forward: it reads the global variable NET, a module with parameters"),
     ],
 )

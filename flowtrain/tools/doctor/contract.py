@@ -7,6 +7,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from flowtrain.bijections.execution import call
 from flowtrain.errors import RunError, UserError, raised
 from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.dequantize import Dequantizer
+from flowtrain.foreign.adapters import standard_normal
 from flowtrain.foreign.model import ForeignModel
 from flowtrain.foreign.state import tensors_in
 from flowtrain.system.random import Stream, seeded, uniform
@@ -39,16 +41,13 @@ def check_constancy(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) 
     """
     used, fresh = copy.deepcopy(flow), copy.deepcopy(flow)
     used.source.seed = fresh.source.seed = 0
-
-    def latents(one: ForeignModel, count: int) -> tuple[Tensor, Tensor]:
-        return one.to_latents(x[:count].to(flow.device), noise[:count].to(flow.device))
-
+    v, _ = flow.dequantizer(x[:TOGETHER].to(flow.device), noise[:TOGETHER].to(flow.device))
     try:
-        latents(used, TOGETHER)
-        after: dict[str, Tensor] = {**dict(used.named_parameters())}
-        half = (min(len(x), TOGETHER) + 1) // 2
+        _density(used, v)
+        after: dict[str, Tensor] = dict(used.named_parameters())
+        half = v[: (len(v) + 1) // 2]
         loose = 0  # tensors that are neither parameters nor buffers
-        if not all(map(_same, latents(used, half), latents(fresh, half))):
+        if not all(map(_same, _density(used, half), _density(fresh, half))):
             after |= dict(used.named_buffers())
             before_it, after_it = (tensors_in(each.source.flow) for each in (flow, used))
             loose = abs(len(before_it) - len(after_it)) + sum(
@@ -74,12 +73,18 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and not bool(((a != b) & ~(a.isnan() & b.isnan())).any())
 
 
+def _density(flow: ForeignModel, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents and the log-density of inputs `v` of the bijection."""
+    z, log_det = flow.bijection(v)
+    return z, log_det + flow.base_log_prob(z)
+
+
 def check_batch(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> None:
-    """Checks that the latent and the log-det of an image do not depend on the rest of its batch.
+    """Checks that the latent and the log-density of an image do not depend on its batch.
 
     The check is in float64, where the first image is the same in both batches. In training mode a
-    dependence is harmless: batch normalization has it by design. Dropout is the
-    same for both batches.
+    dependence is harmless: batch normalization has it by design. Dropout is the same for both
+    batches.
     """
     if len(x) < 3:
         return
@@ -102,21 +107,23 @@ def check_batch(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> N
             return call(layer, direction, given, context)
 
         try:
-            change = _change(used.bijection, v)
+            change = _change(partial(_density, used), v)
             if change > SAME:
                 used.bijection.run(Watching(used, around), "forward", v)
         except Exception as error:
             if not training:
                 notes.failed((check,), error, inputs=IMAGES)
         else:
-            reason = "the first layer that reads them" if first else ""
+            of_density = "its log-density reads them" if change > SAME else ""
+            reason = "the first layer that reads them" if first else of_density
             notes.add(check, change, first, IMAGES, harmless=training, reason=reason)
 
 
 def _change(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> float:
-    """The largest change of the first example's latent or log-det with other examples."""
-    others = torch.cat([x[:1], (x[1:].flip(0) + x[:1]) / 2])
-    results = [function(batch) for batch in (x, others)]
+    """The largest change of the first example's latent or log-density with other examples."""
+    # Only values of the data, because a density may be of integers, or of another part of space.
+    others = [x[:1], x[2:3].expand_as(x[2:]), x[:1]]
+    results = [function(batch) for batch in (x, torch.cat(others))]
     return max(float((a[0] - b[0]).abs().max()) for a, b in zip(*results, strict=True))
 
 
@@ -125,19 +132,24 @@ def check_device(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes) -> 
 
     That device is torch's `meta`, whose tensors have no values. A layer that reads values passes.
     """
-    elsewhere = layers_of(copy.deepcopy(flow).to("meta"))
+    notes.add("device", 0, "", IMAGES)
+    try:
+        elsewhere = layers_of(copy.deepcopy(flow).to("meta"))
+    except Exception:  # TorchScript has no such device
+        return
 
     def around(
         name: str, layer: Bijection, direction: Direction, given: Tensor, context: Context | None
     ) -> tuple[Tensor, Tensor]:
         try:
-            call(elsewhere[name], direction, given.to("meta"))
+            results = call(elsewhere[name], direction, given.to("meta"))
+            on_cpu = any(each.is_cpu for each in results)
         except Exception as error:
-            if re.search("same device|expected device", str(error)):
-                notes.add("device", 1, name, IMAGES, reason="it makes or keeps tensors on the CPU")
+            on_cpu = re.search("same device|expected device", str(error)) is not None
+        if on_cpu:
+            notes.add("device", 1, name, IMAGES, reason="it makes or keeps tensors on the CPU")
         return call(layer, direction, given, context)
 
-    notes.add("device", 0, "", IMAGES)
     with contextlib.suppress(Exception):  # the passes note it
         flow.to_latents(x[:TOGETHER], noise[:TOGETHER], Watching(flow, around))
 
@@ -159,6 +171,8 @@ def check_log_prob(precise: ForeignModel, x: Tensor, noise: Tensor, notes: Notes
     else:
         bits = float(error) / (precise.dims * math.log(2))
         words = "it is not the base density of the latent plus the log-det"
+        if precise.source.adapted.base is standard_normal:
+            words = "it is not log N(z; 0, I) plus the log-det: is the base another one?"
         reason = words if bits > BOUNDS["log_prob"][0] else ""
         notes.add("log_prob", bits, inputs=IMAGES, reason=reason)
 

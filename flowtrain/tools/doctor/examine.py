@@ -29,7 +29,7 @@ from flowtrain.tools.doctor.contract import (
     check_log_prob,
     check_noise_bits,
 )
-from flowtrain.tools.doctor.draws import ERRORS, adds_noise, check_randomness
+from flowtrain.tools.doctor.draws import ERRORS, TOGETHER, adds_noise, check_randomness
 from flowtrain.tools.doctor.findings import EXTREME, IMAGES, NOISE, SAMPLES, Finding, Notes
 from flowtrain.tools.doctor.integral import check_integral
 from flowtrain.tools.doctor.layers import check_layers, check_noise, check_weights
@@ -52,13 +52,10 @@ def examine(
     """All findings about a model, on `num_images` test images, noise images and samples each.
 
     Raises:
-        UserError: if the data do not have the model's shape and levels, or have no test image. Also
-            as `examine_on`.
+        UserError: if the data do not have the model's shape and levels. Also as `examine_on`.
     """
     data.require(model.flow.shape, model.flow.num_bins, model.checkpoint.path)
     split = data.split("test")
-    if len(split) == 0:
-        raise UserError("data: the test split is empty")
     x = split.sample(num_images, seed).take(slice(None))
     printed = isinstance(model.flow, ForeignModel) and model.flow.contract.prints_bits
     train = data.split("train").sample(num_images, seed).take(slice(None)) if printed else None
@@ -94,7 +91,7 @@ def examine_on(
     z = flow.latents_of_classes(flow.draw_latents(len(x), generator(seed, Stream.LATENTS))).cpu()
     passed = {**kinds, SAMPLES: x}
     noises = {kind: uniform(each.shape, seed, Stream.EVALUATION) for kind, each in passed.items()}
-    noise = noises[IMAGES].to(x.device)
+    noise = noises[IMAGES]
 
     notes = Notes()
     if isinstance(flow, ForeignModel):
@@ -159,7 +156,8 @@ def examine_on(
         check_batch(precise, x, noise, notes)
         check_device(precise, x, noise, notes)
         check_log_prob(precise, x, noise, notes)
-    check_log_dets(model, x[:1], noise[:1], notes)
+    for i in range(1 if of_images else min(len(x), TOGETHER)):
+        check_log_dets(model, x[i : i + 1], noise[i : i + 1], notes)
     progress(total, total)
     return list(notes.findings.values())
 
@@ -178,8 +176,8 @@ def check(
 ) -> list[Finding]:
     """All findings about a copy of a flow on images `x`. See `flowtrain.check`."""
     flow = ForeignModel(copied(flow)) if isinstance(flow, Foreign) else copy.deepcopy(flow)
-    images = as_tensor(x, flow.shape, flow.num_bins)
-    seen = None if train is None else as_tensor(train, flow.shape, flow.num_bins)
+    images = as_tensor(x, flow.shape, flow.num_bins).cpu()
+    seen = None if train is None else as_tensor(train, flow.shape, flow.num_bins).cpu()
     for given in (images, seen):
         if given is not None:
             flow.dequantizer.check(given)

@@ -43,8 +43,9 @@ BOUNDS = {
     # The number of entries of parameters and buffers, or of images, that are not finite.
     "parameters": (0, 0),
     "parameters that change": (0, 0),
-    # The change of a latent with other random numbers.
-    "random latents": (1e-5, 1e-4),
+    # The change of a latent with other random numbers. An estimated log-det changes the steps of an
+    # adaptive ODE solver, within its tolerance.
+    "random latents": (1e-5, TOLERANCE),
     # The change of a latent, or of a log-det in nats, with the other examples of a batch. The steps
     # of an adaptive ODE solver depend on the batch, within its tolerance.
     "other examples, evaluation": (1e-5, 1e-2),

@@ -1,5 +1,5 @@
-"""The integral of a density in the plane, on a torus or on the sphere, by quadrature, and the sum
-of the probabilities of images.
+"""The integral of a density on the line, in the plane, on a torus or on the sphere, by quadrature,
+and the sum of the probabilities of images.
 """
 
 import math
@@ -25,9 +25,9 @@ CERTAIN = 20  # nats; a sum of probabilities exceeds exp(20) by chance in exp(-2
 
 
 def check_integral(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
-    """Checks that the density integrates to 1, for two dimensions or the sphere.
+    """Checks that the density integrates to 1, for one or two dimensions or the sphere.
 
-    The midpoint rule on a mesh covers the sphere, a torus, or the part of the plane with data `x`
+    The midpoint rule on a mesh covers the sphere, a torus, or the part of the space with data `x`
     and the samples of latents `z`. There the integral is at most 1. A mesh of half the side shows
     the error of the rule: if it is as large as the excess, the excess is harmless.
     """
@@ -37,17 +37,18 @@ def check_integral(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
         if flow.kind.no_bits is None and flow.image_context is None:
             _check_sum(flow, x, z, notes)
         return
-    if not (surface or flow.shape == (2, 1, 1)):
+    if not (surface or flow.dims <= 2):
         return
     torus = any(layer.of_angles for layer in layers_of(flow).values()) and not surface
     try:
         if torus or surface:
-            bounds = (-math.pi, math.pi, *((-1.0, 1.0) if surface else (-math.pi, math.pi)))
+            ends = [(-math.pi, math.pi), (-1.0, 1.0) if surface else (-math.pi, math.pi)]
         else:
             points = torch.cat([x.cpu(), flow.decode(z).cpu()]).flatten(1)
-            (left, bottom), (right, top) = points.amin(dim=0).tolist(), points.amax(dim=0).tolist()
-            bounds = left, right, bottom, top
-        coarse, fine = (_integral(flow, bounds, side) for side in (SIDE // 2, SIDE))
+            ends = list(zip(points.amin(dim=0).tolist(), points.amax(dim=0).tolist(), strict=True))
+        if flow.dims == 1:
+            ends = ends[:1]
+        coarse, fine = (_integral(flow, ends, side) for side in (SIDE // 2, SIDE))
     except Exception as error:
         notes.failed(("integral",), error)
         return
@@ -103,8 +104,14 @@ def _log_sum(flow: Flow, images: Tensor, draw: int) -> Tensor:
     return torch.cat(parts).logsumexp(dim=0)
 
 
-def _integral(flow: Flow, bounds: tuple[float, float, float, float], side: int) -> float:
-    cells, area = mesh(flow, bounds, side)
+def _integral(flow: Flow, ends: list[tuple[float, float]], side: int) -> float:
+    """The integral between the ends of one or two coordinates, by `side**2` cells."""
+    if len(ends) == 1:
+        area = (ends[0][1] - ends[0][0]) / side**2
+        line = ends[0][0] + area * (torch.arange(side**2, dtype=torch.float64) + 0.5)
+        cells = line.to(flow.dtype).reshape(-1, *flow.shape)
+    else:
+        cells, area = mesh(flow, (*ends[0], *ends[1]), side)
     parts = [
         flow.log_prob(part.to(flow.device)).double().exp().sum() for part in cells.split(BATCH)
     ]

@@ -38,11 +38,14 @@ def check_weights(flow: Flow, notes: Notes) -> None:
     layers = layers_of(flow)
     owners = {module: name for name, layer in layers.items() for module in layer.modules()}
     for name, module in flow.named_modules():
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if tensors:
+        parameters, buffers = (
+            [each for each in of(recurse=False) if each.layout == torch.strided]  # not sparse
+            for of in (module.parameters, module.buffers)
+        )
+        if tensors := [*parameters, *buffers]:
             wrong = sum(int((~torch.isfinite(each)).sum()) for each in tensors)
             # In the mask of attention, a buffer, -inf leaves an entry out.
-            wrong -= sum(int((each == -math.inf).sum()) for each in module.buffers(recurse=False))
+            wrong -= sum(int((each == -math.inf).sum()) for each in buffers)
             notes.add("parameters", wrong, owners.get(module, short_name(name)))
     for name, layer in layers.items():
         _log_scale(log_scales(layer), name, "", notes)

@@ -110,7 +110,8 @@ class _Call:
 class _Layers:
     """Checks each layer of a pass (`Watching`) in float64, and keeps its log-det in nats.
 
-    log_dets, errors: by the name of a layer; an error is six standard errors of an estimate.
+    log_dets, errors: by the name of a layer, of all its calls; an error is six standard errors of
+        an estimate.
     where: the last layer of the pass so far.
     """
 
@@ -128,7 +129,8 @@ class _Layers:
         result = call(layer, direction, x, context)
         if are_finite(x.float()).all():  # otherwise a layer before it is at fault
             log_det, sure = averaged(layer, lambda: call(layer, direction, x, context)[1])
-            self.log_dets[name], self.errors[name] = float(log_det), float(sure)
+            self.log_dets[name] = self.log_dets.get(name, 0.0) + float(log_det)
+            self.errors[name] = math.hypot(self.errors.get(name, 0.0), float(sure))
             own = unguided(context)
             one = _Call(name, layer, self.reporting[name], direction, own, result)
             if not isinstance(layer, ForeignLayer):
@@ -151,6 +153,8 @@ class _Layers:
         log-det. Then only its own size shows the error.
         """
         part = _middle(one.layer, x)
+        if part.numel() > LARGEST_JACOBIAN:
+            return
         factor = x.numel() / part.numel()
         if self._compare(one, part, factor) == "bad" and factor > 1:
             small = x.numel() <= LARGEST_JACOBIAN
@@ -175,6 +179,8 @@ class _Layers:
 
 def _check_whole(flow: Flow, precise: Flow, x: Tensor, start: Tensor, layers: _Layers) -> None:
     """Checks the log-det of the whole flow, whose layers were checked before."""
+    if adds_noise(flow) and not layers.reporting:
+        return  # its log-density has all terms
     # In float32, random numbers would differ from the Jacobian's.
     one = precise if isinstance(flow, ForeignModel) and flow.is_random else flow
     given = start.to(one.dtype)
@@ -206,18 +212,23 @@ def _is_large(flow: Flow) -> bool:
 
 def _middle(layer: Bijection, x: Tensor) -> Tensor:
     """The middle of images `(1, C, H, W)`, if they have more than `LARGEST_PART` entries and the
-    layer takes a part of them.
+    layer takes a part of them: of `LARGEST_PART` entries, or else the smallest that it takes.
     """
     if x.ndim != 4 or x.numel() <= LARGEST_PART:
         return x
-    side = max(2, 1 << int(math.log2(LARGEST_PART / x.shape[1])) // 2)
-    top, left = ((size - min(side, size)) // 2 for size in x.shape[2:])
-    middle = x[:, :, top : top + side, left : left + side].contiguous()
-    try:
-        layer(middle)
-    except Exception:  # a layer of this one size
-        return x
-    return middle
+    side = 2
+    while x.shape[1] * (2 * side) ** 2 <= LARGEST_PART:
+        side *= 2
+    while side < max(x.shape[2:]):
+        top, left = ((size - min(side, size)) // 2 for size in x.shape[2:])
+        middle = x[:, :, top : top + side, left : left + side].contiguous()
+        try:
+            layer(middle)
+        except Exception:  # not a size of this layer
+            side *= 2
+        else:
+            return middle
+    return x
 
 
 def _lost_digits(single: tuple[Tensor, ...], double: tuple[Tensor, ...]) -> tuple[int, str]:

@@ -14,14 +14,17 @@ from cli_helpers import quick
 from fake_device import device_without_float64
 from foreign_flows import BINS, CONVOLUTION, COUPLING, GLOWS, LOG_PROBS, SCALE, SHAPE
 from helpers import REPOSITORY
-from torch import nn
+from torch import distributions, nn
+from torch.distributions.transforms import identity_transform
 
 import flowtrain
 from flowtrain.errors import UserError
 from flowtrain.foreign.contract import Foreign
 from flowtrain.foreign.model import ForeignModel
+from flowtrain.tools.doctor import log_dets
 from flowtrain.tools.doctor.contract import _own_figure
 from flowtrain.tools.doctor.findings import EXTREME, IMAGES
+from flowtrain.tools.doctor.log_dets import _middle
 
 pytestmark = pytest.mark.run
 
@@ -37,7 +40,7 @@ FIGURE, OTHERS = "the project's bits/dim", "other examples, evaluation"
 def checked(contract, count=8, **options):
     """The findings as `{(check, layer, inputs): finding}`."""
     if contract.num_bins is None:
-        x = torch.cat([flows.reals(count)] * (contract.shape[0] // 2), dim=1)
+        x = torch.cat([flows.reals(count)] * 2, dim=1)[:, : contract.shape[0]]
     else:
         x = flows.pictures(count, contract.shape[-1]).clamp(max=contract.num_bins - 1)
     return {(f.check, f.layer, f.inputs): f for f in flowtrain.check(contract, x, **options)}
@@ -327,6 +330,50 @@ class Unregistered(flows.Scaled):
         return x + (0 if self.mean is None else self.mean), log_det
 
 
+class Sets(flows.Mixture):
+    """The first batch sets the means of a density without latents."""
+
+    fresh = True
+
+    def log_prob(self, x):
+        if self.fresh:
+            self.means.data, self.fresh = x[:2, 0].clone(), False
+        return super().log_prob(x)
+
+
+class Reads(flows.Mixture):
+    """It reads its batch."""
+
+    def log_prob(self, x):
+        return super().log_prob(x - x.mean(0))
+
+
+class Beyond(flows.Scaled):
+    """Its log-det is wrong far from 0, as in the tails of a spline."""
+
+    def forward(self, x):
+        z, log_det = super().forward(x)
+        return z, log_det + 0.1 * (x.abs().amax(1) > 1.5)
+
+
+class Solved(flows.Scaled):
+    """Its latents depend on the estimate of the log-det, as of a solver with adaptive steps."""
+
+    def forward(self, x):
+        z, log_det = super().forward(x)
+        return z + 3e-4 * torch.rand_like(z), log_det
+
+    def inverse(self, z):
+        return super().inverse(z - 3e-4 * torch.rand_like(z))
+
+
+class OnCPU(flows.Swapped):
+    """Its log-det is on the CPU."""
+
+    def forward(self, x):
+        return super().forward(x)[0], torch.zeros(len(x))
+
+
 def around(*args):
     return flows.Around(Centred(*args))
 
@@ -367,6 +414,10 @@ CHANGE = "parameters that change"
         (of_points(Elsewhere), "digits of the result", "in float64, they are torch.float32"),
         (of_points(lambda: density(flows.normflows_points())), "log_prob", "it is not the base"),
         (of_points(lambda: density(flows.Mixture())), "integral", ""),
+        (lambda: Foreign(density(flows.Mixture(1)), (1,)), "integral", ""),
+        (of_points(Sets), CHANGE, "the first batch sets means"),
+        (of_points(Reads), OTHERS, "its log-density reads them"),
+        (of_points(Beyond), "log-det", ""),
         (of_images(Likely, 200), "noise below its entropy", "their entropy is 8 bits/dim"),
         (of_images(Likely, 450), "integral", "16 images together have exp("),
         (of_few(0.5), "integral", "all 256 images together have 1.3"),
@@ -400,6 +451,49 @@ def test_what_is_no_fault():
         assert found["parameters that change", "", ""].value == 0
     found = checked(of_points(flows.Kept)())
     assert found["device", "flow", IMAGES].verdict == "watch" and bad(found) == {}
+    found = checked(of_points(OnCPU)())
+    assert found["device", "flow", IMAGES].verdict == "watch" and bad(found) == {}
+    found = checked(of_points(Solved)())
+    assert found["random latents", "flow", IMAGES].verdict == "watch" and bad(found) == {}
+    found = checked(of_images(flows.OfIntegers, scale=1.0, adds_noise=True)())
+    assert found["random latents", "", IMAGES].verdict == "watch" and bad(found) == {}
+    assert bad(checked(of_images(flows.Noisy, adds_noise=True)())) == {}
+    assert bad(checked(Foreign(flows.Mixture(1), (1,)))) == {}
+
+
+def test_values_of_a_domain():
+    """One entry is above 18, as an age, and the other any number."""
+    base = distributions.Normal(torch.zeros(2), torch.ones(2), validate_args=True)
+    of_one = distributions.StackTransform([distributions.ExpTransform(), identity_transform], dim=1)
+    steps = [of_one, distributions.AffineTransform(torch.tensor([18.0, 0.0]), 1.0)]
+    flow = distributions.TransformedDistribution(base, steps)
+    found = flowtrain.check(Foreign(flow, (2,)), flow.sample((8,)))
+    assert [f for f in found if f.verdict == "bad"] == []
+
+
+def test_layers_of_large_images_that_take_no_part(monkeypatch):
+    """Their Jacobian would not fit into memory."""
+
+    def of_at_least_16(x):
+        assert min(x.shape[2:]) >= 16
+
+    assert _middle(of_at_least_16, torch.zeros(1, 3, 64, 48)).shape == (1, 3, 16, 16)
+    assert _middle(of_at_least_16, torch.zeros(1, 512, 2, 2)).shape == (1, 512, 2, 2)
+    monkeypatch.setattr(log_dets, "LARGEST_JACOBIAN", 1023)
+    flow = flows.Scaled()
+    flow.log_scale = 0.1 * torch.ones(1, 32, 32)
+    found = checked(Foreign(flow, (1, 32, 32), BINS), 4)
+    assert bad(found) == {} and ("log-det", "flow", IMAGES) not in found
+    assert ("log-det", "", IMAGES) in found
+
+
+def test_a_layer_that_a_flow_calls_twice():
+    flows.library("nflows")
+    from nflows import transforms
+
+    scale = transforms.PointwiseAffineTransform(0.1, 1.5)
+    flow = transforms.CompositeTransform([scale, scale])
+    assert bad(checked(Foreign(flow, (1, 32, 32), BINS), 4)) == {}
 
 
 def test_a_check_leaves_the_flow_alone():
