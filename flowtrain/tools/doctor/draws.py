@@ -45,12 +45,12 @@ def check_randomness(flow: ForeignModel, x: Tensor, noise: Tensor, notes: Notes)
         nonlocal first
         assert isinstance(layer, ForeignLayer)
         latents, log_dets = changes(lambda: call(layer, direction, given, context))
-        layer.random_latents = latents > same
-        layer.random_log_dets = latents <= same < log_dets
-        first = first or (name if layer.random_latents else "")
+        layer.random_latents = latents > of_solver
+        layer.random_log_dets = latents <= of_solver and log_dets > same
+        first = first or (name if latents > same else "")
         return call(layer, direction, given, context)
 
-    same, _ = BOUNDS["random latents"]
+    same, of_solver = BOUNDS["random latents"]
     images = x[:TOGETHER].to(flow.device), noise[:TOGETHER].to(flow.device)
     flow.source.seed = 0
     try:

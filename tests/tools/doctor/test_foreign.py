@@ -454,6 +454,7 @@ def test_what_is_no_fault():
     found = checked(of_points(OnCPU)())
     assert found["device", "flow", IMAGES].verdict == "watch" and bad(found) == {}
     found = checked(of_points(Solved)())
+    assert ("log-det", "flow", IMAGES) in found
     assert found["random latents", "flow", IMAGES].verdict == "watch" and bad(found) == {}
     found = checked(of_images(flows.OfIntegers, scale=1.0, adds_noise=True)())
     assert found["random latents", "", IMAGES].verdict == "watch" and bad(found) == {}
