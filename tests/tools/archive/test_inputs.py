@@ -1,5 +1,8 @@
 """The images that go into an archive."""
 
+import struct
+import zlib
+
 import pytest
 import torch
 from coding_helpers import claiming, picture
