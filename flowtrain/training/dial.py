@@ -132,6 +132,13 @@ def choose(
         own |= {"model": _model(size, data, where), "train": own["train"] | keys}
         return configuration.parse(configuration.override(own, settings), where, trust_code=True)
 
+    seen = count - VALIDATED if config(sizes[0]).data.validation == VALIDATED else len(train)
+
+    def enough(step: Step) -> int:
+        """Steps, of which more would not help."""
+        passes = PASSES_OF_FEW if few else PASSES
+        return max(LEAST_STEPS, passes * seen // _images_of(step))
+
     batch_given = not keys_given.isdisjoint({"train.batch_size", "train.accumulate"})
 
     def step(size: Size, precision: str) -> Step | None:
@@ -150,8 +157,8 @@ def choose(
             after = step(larger, found.precision)
         except UserError as error:
             after, reason = None, f"is not possible: {error}"
-        if after and (steps := budget / after.seconds) < larger.steps:
-            reason = f"has {steps:,.0f} steps in that time, and needs {larger.steps:,}"
+        if after and (steps := min(int(budget / after.seconds), enough(after))) < larger.steps:
+            reason = f"would have {steps:,} steps, and needs {larger.steps:,}"
             after = None
         if after is None:
             console.print(f"not larger: width {larger.model['width']} {reason}")
@@ -164,13 +171,10 @@ def choose(
     )
     keys: Values = dataclasses.asdict(found)
     del keys["seconds"]
-    seen = count - VALIDATED if config(size).data.validation == VALIDATED else len(train)
-    of_a_step = found.batch_size * found.accumulate * distributed.world()
-    enough = max(LEAST_STEPS, (PASSES_OF_FEW if few else PASSES) * seen // of_a_step)
-    if enough < steps:
-        passes = round(enough * of_a_step / seen)
-        console.print(f"length: {enough:,} steps, or {passes:,} passes, as more would not help")
-        keys["num_steps"] = steps = enough
+    if enough(found) < steps:
+        keys["num_steps"] = steps = enough(found)
+        passes = round(steps * _images_of(found) / seen)
+        console.print(f"length: {steps:,} steps, or {passes:,} passes, as more would not help")
         del values["train"]["budget"]
     every = _round(steps / VALIDATIONS)
     # A causal flow takes long for a picture, so the one at the end must do.
@@ -189,6 +193,11 @@ class Step:
     batch_size: int
     accumulate: int
     seconds: float
+
+
+def _images_of(step: Step) -> int:
+    """Over all processes."""
+    return step.batch_size * step.accumulate * distributed.world()
 
 
 def _measured(

@@ -77,7 +77,7 @@ FAMILIES: dict[Purpose, Family] = {"likelihood": CAUSAL, "pictures": CAUSAL, "la
 # Training sets of fewer values (images times dimensions) get the smallest size, whose weight decay
 # lets it train for any time. A run ends after so many passes over the images: few images gain
 # nothing from more, and others are learned by heart.
-FEW = 10**6
+FEW = 2 * 10**6
 PASSES = 30
 PASSES_OF_FEW = 200
 LEAST_STEPS = 1000

@@ -66,7 +66,7 @@ def test_half_an_hour_has_the_configuration_tuned_by_hand(tmp_path, pace, name, 
 
 def test_a_size_needs_its_steps(tmp_path, pace):
     data = tmp_path / "x.npz"
-    npz(data, 400, shape=(32, 32, 3))
+    npz(data, 17_000, shape=(8, 8, 3))
     widths = []
     for size in FAMILIES["likelihood"].sizes["colour"]:
         pace(0.1)
@@ -74,6 +74,8 @@ def test_a_size_needs_its_steps(tmp_path, pace):
             if steps > 0:
                 widths.append(choose(data, 0.1 * steps + 0.01).model.options()["width"])
     assert widths == [48, 96, 96, 160, 160, 192, 192, 224]
+    npz(data, 800, shape=(32, 32, 3))  # for 1,000 steps, however long they take
+    assert choose(data, 1e4).model.options()["width"] == 160
 
 
 def test_a_run_ends_before_its_images_are_learned_by_heart(tmp_path, pace):
@@ -103,7 +105,7 @@ def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_pat
 
 def test_a_batch_is_divided_until_it_fits(tmp_path, pace):
     data = tmp_path / "x.npz"
-    npz(data, 400, shape=(32, 32, 3))
+    npz(data, 800, shape=(32, 32, 3))
     pace(0.25, largest=8)
     train = choose(data).train
     assert (train.batch_size, train.accumulate) == (8, 4)
@@ -137,7 +139,7 @@ def test_the_measured_step_fits_into_the_memory(tmp_path, monkeypatch):
 
 @pytest.mark.run
 def test_images_too_small_for_a_larger_size_get_the_smaller_one(tmp_path, capsys):
-    npz(tmp_path / "x.npz", 7500, shape=(3, 50))
+    npz(tmp_path / "x.npz", 15000, shape=(3, 50))
     assert choose(tmp_path / "x.npz").model.options()["width"] == 48
     assert "width 64 is not possible: model.downsample: 2 needs" in capsys.readouterr().out
 
