@@ -145,7 +145,7 @@ def test_images_too_small_for_a_larger_size_get_the_smaller_one(tmp_path, capsys
 
 
 def test_the_faster_precision_is_chosen(tmp_path, pace):
-    npz(tmp_path / "x.npz", 400, shape=(32, 32, 3))
+    npz(tmp_path / "x.npz", 800, shape=(32, 32, 3))
     for precision in ("bf16", "fp32"):
         pace(0.25, precision=precision)
         assert choose(tmp_path / "x.npz").train.precision == precision
@@ -225,7 +225,7 @@ def chosen_before(folder, config=CHOSEN, settings=(), name="x.npz"):
 
 def test_a_budget_among_the_settings_counts(tmp_path, pace):
     data, words = tmp_path / "x.npz", ["train.budget=100"]
-    npz(data, 400, shape=(32, 32, 3))
+    npz(data, 800, shape=(32, 32, 3))
     pace(0.1)
     found = dial.configured(str(data), "2h", "likelihood", words, tmp_path / "run", CPU)
     assert found.resolved() == choose(data, 100.0, settings=words).resolved()
