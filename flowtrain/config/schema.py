@@ -287,8 +287,7 @@ class Train(Section):
     cuda_graph: bool = Field(
         False,
         description="Record the forward and backward pass of the first step as a CUDA graph, and "
-        "replay it in the others. Without a CUDA device, `--dry-run` times no step. The first "
-        "batch is compared with eager code.",
+        "replay it in the others. The first batch is compared with eager code.",
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the averaged weights. 0 keeps no average."
