@@ -166,8 +166,7 @@ class Dequantization(Section):
         "for a density of noisy images without bits/dim.",
     )
     sigma: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.05,
-        description="Standard deviation of Gaussian noise, if black is 0 and white 1.",
+        0.05, description="Standard deviation of Gaussian noise, if black is 0 and white 1."
     )
     steps: Positive = Field(4, description="Steps in the flow of variational noise.")
     width: Positive = Field(
