@@ -19,31 +19,26 @@ PAGE = """\
 <!-- Written by `make docs` from the schema; change docs/configuration.py or the descriptions. -->
 # Configuration keys
 
-A configuration is a YAML file with the sections below. On a command line, `section.key=value`
-overrides one key; `--set section.key=value` is the same. Commands on a trained model take keys of
-`data`. `flowtrain train --dry-run` checks a configuration without writing anything.
-`RUN/config.yaml` has every key of a run.
+A configuration is a YAML file with the sections below. On a command line, `section.key=value` (or
+`--set section.key=value`) overrides one key. Commands on a trained model take keys of `data`.
+`flowtrain train --dry-run` checks a configuration, and `RUN/config.yaml` has every key of a run.
+`python -m flowtrain.config` prints a JSON schema for editors.
 
-Each key has its values and its default in parentheses. The options of each data set and model are
-listed under its name. There, `root` stands for `data.root`, which only downloaded data sets use.
-
-`python -m flowtrain.config > flowtrain.schema.json` writes the same as a JSON schema, for editors.
+Values and default are in parentheses, options of a data set or a model under its name. There,
+`root` stands for `data.root`, which only downloaded data sets use.
 
 {keys}
 ## Notes
 
-- One optimizer step takes `train.accumulate` times `train.batch_size` images of each process.
-  `accumulate: 2` equals twice the batch size.
-- `--set` with another `data.name` or `model.name` drops the options of the old one.
-  Setting one of `train.num_steps` and `train.budget` clears the other.
-- A resumed run must have every key as before, except where the data lie and how they are read
-  (`data.root`, `data.path`, `data.max_in_memory`, `data.workers`), how a step is computed
-  (`train.compile`, `train.cuda_graph`), and `train.logger`. `train.batch_size`, `train.accumulate`
-  and the number of processes may change if a step has as many images as before.
+- Another `data.name` or `model.name` on the command line drops the options of the old one. Setting
+  one of `train.num_steps` and `train.budget` clears the other.
+- A resumed run must keep every key, except `data.root`, `data.path`, `data.max_in_memory`,
+  `data.workers`, `train.compile`, `train.cuda_graph` and `train.logger`. `train.batch_size`,
+  `train.accumulate` and the number of processes may change if a step has as many images as before.
 - `--resume CHECKPOINT` into a new run directory also accepts another `train` section, apart from
   `train.optimizer`.
-- `train.budget` counts time over all parts of a run, with validations and checkpoints, but not the
-  work since the last checkpoint that a kill threw away.
+- `train.budget` counts time over all parts of a run, with validations and checkpoints, but without
+  work that a kill threw away.
 """
 
 

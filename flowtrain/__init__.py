@@ -38,7 +38,7 @@ def load(
         model: a checkpoint, a run directory (its best checkpoint, else its last), a trained model
             of `flowtrain list`, or `hf://user/name` on the Hugging Face Hub.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps`.
-        weights: `ema` or `raw`; by default the averaged weights where the run kept them.
+        weights: `ema` or `raw`; by default the averaged weights if the run kept them.
         trust_code: allow a checkpoint to name a module of your own (dotted), which is then
             imported.
         mirror: make the model the mixture of each image and its mirror image, or of all orders
@@ -47,7 +47,7 @@ def load(
 
     Raises:
         flowtrain.errors.UserError: for a missing or damaged checkpoint, a device that is not
-        there, or `mirror` for a model that has learned one side of images alone.
+        there, or `mirror` for a model trained without flips and orders.
     """
     from flowtrain.checkpoints.load import load_model
     from flowtrain.system import device as devices

@@ -64,7 +64,7 @@ def evaluate(
 
     The default is the test split of the model's own data. A folder without test/, or a file without
     x_test, is used whole. Image files are brought to the model's size and levels. A model trained
-    with Gaussian noise has no bits/dim. Its mean log-density of noisy images is in nats/dim.
+    with Gaussian noise has no bits/dim, but a mean log-density of noisy images in nats/dim.
     """
     from flowtrain.evaluation import evaluate as evaluation
     from flowtrain.system import distributed

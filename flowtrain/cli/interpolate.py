@@ -97,7 +97,7 @@ def interpolate(
     along an attribute.
 
     A path along an attribute stops before an image that is less likely than 99% of the test images.
-    For paths to a class, the number that pass such images is printed.
+    The command counts the paths to a class that pass such images.
     """
     import torch
 

@@ -92,7 +92,7 @@ class Data(Component):
         0.1, description="Training images to hold out for model selection: a count, or a share < 1."
     )
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="Seed of the choice of held-out images."
+        0, description="Seed that chooses the held-out images."
     )
     n_bits: Annotated[int, Field(ge=1, le=8)] = Field(
         8,
@@ -107,8 +107,8 @@ class Data(Component):
     )
     max_in_memory: NonNegativeFloat = Field(
         4.0,
-        description="Largest training set in GiB that is held on the device. Threads read a larger "
-        "one, and on a CPU mapped files.",
+        description="Largest training set, in GiB, that is held on the device. Threads read larger "
+        "ones and, on a CPU, mapped files.",
     )
     workers: Annotated[int, Field(ge=0, le=1000)] = Field(
         2, description="Threads that read a training set not held on the device."
@@ -144,15 +144,13 @@ class Model(Component):
     )
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="Probability that an image loses its label in training, for networks that see "
-        "the class, as `sample --guidance` needs; 0.1 is usual. Validation and evaluation still "
-        "report the mean over the classes.",
+        description="Probability that an image loses its label in training, for networks with the "
+        "class as an input and `sample --guidance`; 0.1 is usual.",
     )
     context: Literal["none", "downsample", "grey"] = Field(
         "none",
-        description="Part of the image that is an input of all networks, and given in all "
-        "likelihoods: the image with shorter sides (super-resolution), or its brightness "
-        "(colorization).",
+        description="Part of the image that conditions all networks and likelihoods: a smaller "
+        "image (super-resolution), or its brightness (colorization).",
     )
     context_factor: Literal[2, 4] = Field(
         2, description="Factor by which the sides of a `downsample` context are shorter."
@@ -168,9 +166,7 @@ class Dequantization(Section):
         "for a density of noisy images without bits/dim.",
     )
     sigma: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.05,
-        description="Standard deviation of Gaussian noise, from black 0 to white 1. TarFlow's 0.05 "
-        "to 0.15, for images in [-1, 1], are 0.025 to 0.075 here.",
+        0.05, description="Standard deviation of Gaussian noise, if black is 0 and white 1."
     )
     steps: Positive = Field(4, description="Steps in the flow of variational noise.")
     width: Positive = Field(
@@ -229,9 +225,8 @@ Loggers = Annotated[
 
 
 class Train(Section):
-    """Optimization, and how often things happen. Periods are in steps; a period longer than the run
-    is legal. The defaults are those that did best for most models of images
-    (docs/lab/experiments.md).
+    """Optimization, and periods in steps, which may exceed the run. The defaults did best for most
+    models of images (docs/lab/experiments.md).
     """
 
     num_steps: Period | None = Field(
@@ -284,15 +279,14 @@ class Train(Section):
     )
     compile: Annotated[Literal["off", "layers", "step"], BeforeValidator(_off)] = Field(
         "off",
-        description="Use of `torch.compile`: off, for the layers with a network (those of one "
-        "shape share the code), or for the whole forward and backward pass of a step. The first "
-        "batch is compared with eager code.",
+        description="Use of `torch.compile`: off, for the layers with a network (equal shapes "
+        "share code), or for the whole forward and backward pass of a step. The first batch is "
+        "compared with eager code.",
     )
     cuda_graph: bool = Field(
         False,
         description="Record the forward and backward pass of the first step as a CUDA graph, and "
-        "replay it in the others. Without a CUDA device, `--dry-run` times no step. The first "
-        "batch is compared with eager code.",
+        "replay it in the others. The first batch is compared with eager code.",
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the averaged weights. 0 keeps no average."
@@ -336,7 +330,7 @@ class Config(Section):
     """A whole run. `data` and `model` also hold the options of the modules that they name."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="Seed of the weights, of the order of the images and of the noise."
+        0, description="Seed of weights, image order and noise."
     )
     data: Data
     model: Model

@@ -46,9 +46,9 @@ def build(
 
     Args:
         repository: Its name on the hub, such as `ylecun/mnist`. Give either this or `path`.
-        path: A folder that `save_to_disk` has written. Give either this or `repository`.
+        path: A folder written by `save_to_disk`. Give either this or `repository`.
         subset: Which of several configurations of a repository.
-        revision: The version of a repository: a branch, a tag or a commit. A commit never changes.
+        revision: A branch, a tag or a commit of the repository. Only a commit never changes.
         train_split: Name of the split to train on.
         test_split: Name of the split to test with. With null, a seeded tenth of `train_split` is
             the test split.

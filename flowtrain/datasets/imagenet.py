@@ -120,9 +120,8 @@ def _build(side: int) -> Callable[..., Images]:
     3x{side}x{side} images: 1.28 million for training, 50,000 for test; `root/imagenet{side}`.
 
     Args:
-        version: Which of two data sets, whose bits/dim do not compare: `oord2016` by van den Oord
-            et al. (PixelRNN, Glow; 49,999 test images), or `chrabaszcz2017` by Chrabaszcz et al.
-            (50,000 test images, with classes).
+        version: Which of two data sets, whose bits/dim do not compare: by van den Oord et al.
+            (PixelRNN, Glow), or by Chrabaszcz et al., with classes.
 
     The official validation images are the test split.
     """

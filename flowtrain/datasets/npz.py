@@ -1,7 +1,4 @@
-"""A user's own arrays, with the names of Keras: x_train, x_test, y_train, y_test. They are in one
-.npz file, or in a folder of .npy files. All but x_train are optional. An array without a name,
-`arr_0` in an .npz file, is x_train.
-"""
+"""A user's own arrays: x_train, and maybe x_test, y_train and y_test, as in Keras."""
 
 import functools
 import logging
@@ -32,9 +29,9 @@ def build(root: Path, split: Part, *, seed: int = 0, path: Path, layout: Layout 
     """uint8 images with 256 levels from x_train and x_test, with classes from y_train and y_test.
 
     Args:
-        path: The .npz file, or a folder with x_train.npy or its parts x_train-0.npy, x_train-1.npy,
-            ... and the like, or one .npy file, which is x_train. Without x_test, a seeded tenth of
-            x_train is the test split.
+        path: An .npz file, or a folder with x_train.npy or its parts x_train-0.npy, x_train-1.npy,
+            ... and the like, or one .npy file. An array without a name is x_train. Without x_test,
+            a seeded tenth of x_train is the test split.
         layout: Order of the axes. (N, H, W) is grey in either layout. C is 1 or 3.
 
     Only headers are read here. Uncompressed arrays of `MAPPED` bytes or more are memory-mapped.

@@ -57,7 +57,7 @@ def build(
     Args:
         width: Channels of the convolutions.
         blocks: Residual blocks. Each sees one more token above and to each side.
-        token: Side of the square patches that the convolutions see as one place, in pixels. Any
+        token: Side in pixels of a token, a square patch that convolutions see as one place. Any
             image size will do.
         components: Logistics in the mixture of each entry.
         units: Hidden units for each entry of a token, in each of two layers.
@@ -70,8 +70,7 @@ def build(
             for each head.
         downsample: Residual blocks over cells of 2x2 tokens, for distant context.
             The cells of the rows above join the tokens after half of the residual blocks.
-        dropout: Probability with which entries of a residual block are dropped in training, for
-            small sets and long runs.
+        dropout: Dropout probability in the residual blocks, for small sets and long runs.
         uniform: Weight of a uniform distribution in each mixture. A smaller one leaves less room
             for the rounding of float32 between `encode` and `decode`.
         orders: Scanning orders to learn, as turned copies of an image, each with a vector

@@ -88,10 +88,10 @@ def build(
             its LU factors, or conv1x1), a random shuffle, or a reversal.
         initialization: Start of the 1x1 convolutions: random rotations, or the PCA whitening of the
             first batch.
-        prior: Transform of the half that leaves at a split to the standard normal, given the other
-            half, by the names of `coupling`.
-        top_prior: Mean and scale of the coarsest latents: for each channel, as in the paper, or for
-            each entry.
+        prior: Transform to the standard normal of the half that leaves at a split, given the other
+            half, named as for `coupling`.
+        top_prior: Mean and scale of the coarsest latents: per channel, as in the paper, or per
+            entry.
         padding: Padding of the last convolution of a network.
 
     Raises:

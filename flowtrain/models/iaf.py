@@ -29,8 +29,8 @@ def build(
         layers: Autoregressive layers.
         width: Units per hidden layer.
         hidden_layers: Hidden layers per conditioner.
-        order: How the next layer reorders the entries. `random` is a random permutation.
-        transform: Transform of an entry, given earlier entries of the latent, by the names of
-            Glow's `coupling`.
+        order: Order of the entries in the next layer: reversed, or a random permutation.
+        transform: Transform of an entry, given earlier entries of the latent, named as for Glow's
+            `coupling`.
     """
     return maf.chain(shape, layers, width, hidden_layers, order, transform, Inverse)

@@ -64,14 +64,14 @@ def build(
     Args:
         patch: Side of the square patches of an image, in pixels. It must divide both sides, and
             the number of patches must be even.
-        width: Channels in the transformers. A head of attention has 64 of them, or
-            more where 64 does not divide their number, or all if there are fewer.
+        width: Channels in the transformers. A head of attention has at least 64 of them, or all if
+            there are fewer.
         couplings: Number of couplings, of which every fifth keeps half of the patches, and the
             others half of the entries of each patch.
         layers: Layers in the transformer of each coupling.
-        mixing: Layer before each coupling of entries: whitening (an ActNorm and a 1x1 convolution
-            over the entries of a patch, at first the PCA whitening of the first batch), or a random
-            permutation, as in the paper.
+        mixing: Layer before each coupling of entries: whitening (ActNorm and a 1x1 convolution over
+            the entries of a patch, initialized by PCA of the first batch), or a random permutation,
+            as in the paper.
         bounded: Whether log-scales are bounded to +-2, by tanh. The paper's scales are in (0, 2).
 
     Raises:

@@ -51,8 +51,8 @@ def build(
         layers: Autoregressive layers. The paper has 5 and 10.
         width: Units per hidden layer.
         hidden_layers: Hidden layers per conditioner.
-        order: How the next layer reorders the entries. `random` is a random permutation.
-        transform: Transform of an entry, given those before it, by the names of Glow's `coupling`.
+        order: Order of the entries in the next layer: reversed, or a random permutation.
+        transform: Transform of an entry, given the earlier ones, named as for Glow's `coupling`.
             The paper has exp.
     """
     return chain(shape, layers, width, hidden_layers, order, transform, lambda layer: layer)

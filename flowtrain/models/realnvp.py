@@ -60,7 +60,7 @@ def build(
         width: Feature maps in the conditioners at the first scale, doubled after each squeeze; for
             vectors, hidden units.
         blocks: Residual blocks per conditioner; for vectors, hidden layers.
-        transform: Transform of an entry, by the names of Glow's `coupling`.
+        transform: Transform of an entry, named as for Glow's `coupling`.
 
     Raises:
         UserError: if the image cannot be squeezed `levels - 1` times.

@@ -49,13 +49,12 @@ def build(
 
     Args:
         patch: Side of the square patches of an image, in pixels. It must divide both sides.
-        width: Channels in the transformers. A head of attention has 64 of them, or
-            more where 64 does not divide their number, or all if there are fewer.
+        width: Channels in the transformers. A head of attention has at least 64 of them, or all if
+            there are fewer.
         blocks: Autoregressive blocks, in raster order and reversed order by turns.
         layers: Layers in the transformer of each block.
-        mixing: Layer before each block: whitening (an ActNorm and a 1x1 convolution over the
-            entries of a patch, at first the PCA whitening of the first batch), or none, as in the
-            paper.
+        mixing: Layer before each block: whitening (ActNorm and a 1x1 convolution over the entries
+            of a patch, initialized by PCA of the first batch), or none, as in the paper.
         bounded: Whether log-scales are bounded to +-2, by tanh. The paper's are not.
 
     Raises:

@@ -71,7 +71,7 @@ def compress(
     overrides: SetOption = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """Compress images without loss, to about as many bits as the flow's likelihood.
+    """Compress images losslessly, to about as many bits as the flow's likelihood.
 
     It runs on the CPU. OMP_NUM_THREADS sets the number of parallel streams, and does not change the
     archive.

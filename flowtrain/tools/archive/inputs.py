@@ -100,7 +100,7 @@ def read_files(files: list[Path], shape: tuple[int, int, int], num_bins: int) ->
         f"{unfit[0]}: does not fit the model{others}\n"
         f"the model is for {form_of(shape)} with {num_bins} levels, and nothing is converted, "
         f"because that would not be lossless\n"
-        f"--fit packs copies of that size and these levels, and the originals do not come back"
+        f"--fit packs copies of that size with these levels, not the originals"
     )
 
 

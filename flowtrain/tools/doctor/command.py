@@ -44,7 +44,7 @@ def doctor(
     *,
     options: DataOptions,
 ) -> None:
-    """Check that each layer, and the whole flow, is invertible and reports its log-determinant.
+    """Check inverses and log-determinants of each layer and of the whole flow.
 
     Every number has a verdict: ok, watch or bad. The exit code is 1 if anything is bad.
     """

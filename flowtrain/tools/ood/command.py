@@ -148,19 +148,18 @@ def ood(
     *,
     options: ImagesOptions,
 ) -> None:
-    """Can the model detect out-of-distribution images? AUROC and histograms of scores.
+    """Detect out-of-distribution images: AUROC and histograms of scores, and verdicts.
 
     IMAGES are the same as --data IMAGES. With --false-positives, each of them gets a p-value and a
     verdict, and the rate of false positives is measured on the --in images.
 
     Likelihood, -log p(x), is known to fail (Nalisnick et al. 2019): a Glow trained on CIFAR-10
     gives MNIST digits 1.2 bits/dim and CIFAR-10 itself 3.5, an AUROC of 0.00, where 0.5 is chance
-    (docs/ood.md). So there are more scores:
+    (docs/ood.md). The other scores are repairs:
 
-    Typicality, |-log p(x) - H|: how far an image's likelihood is from the usual one.
+    Typicality, |-log p(x) - H|: the distance of an image's likelihood from the mean, H.
 
-    Complexity-corrected, -log p(x) - L(x): how many more bits it needs than with a lossless coder
-    (Serra et al. 2020).
+    Complexity-corrected, -log p(x) - L(x): the bits beyond a lossless coder's (Serra et al. 2020).
 
     Local: the most unusual region of the image, with --maps or --score local.
 

@@ -100,13 +100,13 @@ def quality(
     *,
     options: DataOptions,
 ) -> None:
-    """How similar are samples to real images? FID, KID, precision, recall, density, coverage.
+    """Compare samples with real images: FID, KID, precision, recall, density, coverage.
 
     All compare features of a network. The classifiers that come with flowtrain need no download,
     but their figures do not compare with the usual FID. FID falls with the number of samples, so
     compare equal numbers.
 
-    torchrun distributes the sampling. If it is stopped, the same command continues it.
+    torchrun distributes the sampling. The same command continues after a stop.
     """
     import numpy as np
     import torch

@@ -8,8 +8,8 @@ const COLOURS = STOPS.map((stop) => [1, 3, 5].map((at) => parseInt(stop.slice(at
 
 const SCORES = {
   likelihood: ["Likelihood", "few bits are a high likelihood"],
-  typicality: ["Typicality", "distance from what usual images have"],
-  complexity_corrected: ["Complexity-corrected", "beyond what the better of PNG and WebP needs"],
+  typicality: ["Typicality", "distance from the mean likelihood"],
+  complexity_corrected: ["Complexity-corrected", "bits beyond the better of PNG and WebP"],
 };
 
 function numbers(base64) {
@@ -70,7 +70,7 @@ export function show(facts, about) {
       for (const level of facts.levels) maps.push(map(level.name, level, about.unit));
     }
   } else {
-    maps.push(element("p", { class: "missing" }, "There is no map: layers of this model mix all places at once."));
+    maps.push(element("p", { class: "missing" }, "There is no map: layers of this model mix all pixels."));
   }
   const rest = [];
   if (facts.noise) rest.push(`learned noise ${facts.noise.toFixed(3)}`);
@@ -81,11 +81,11 @@ export function show(facts, about) {
   if (facts.map) {
     const part = several ? "The levels" : "The mean of the map";
     const sum = rest.length
-      ? `${part} and what belongs to no place (${rest.join(", ")}) add up to the number above.`
+      ? `${part} and the parts without a place (${rest.join(", ")}) add up to the number above.`
       : several ? `${part} add up to the number above.` : `${part} is the number above.`;
     const cell = about.exact
-      ? "A pixel has the bits that it takes, given all pixels before it."
-      : "A cell has the density of what leaves the flow there, and the volume that layers gain or lose there.";
+      ? "A pixel has its bits given all pixels before it."
+      : "A cell has the density of its latents, and the volume that layers gain or lose there.";
     maps.push(element("p", { class: "faint" }, `${sum} ${cell}`));
   }
   $("#maps").dataset.count = several ? facts.levels.length + 1 : 1;
