@@ -6,6 +6,7 @@ import weakref
 from unittest.mock import Mock
 
 import pytest
+from explore_helpers import until
 
 from flowtrain.tools.explore import worker as module
 from flowtrain.tools.explore.requests import Refused
@@ -125,16 +126,12 @@ def test_results_and_old_tabs_are_not_kept(worker, monkeypatch):
 
 
 def test_idle_work_makes_way_and_goes_on():
-    parts, gate, ready, done = [], Gate(), threading.Event(), threading.Event()
+    parts, gate = [], Gate()
 
     def idle(check):
         parts.append(len(parts))
         if len(parts) == 1:
             gate(check)  # raises, because a request waits
-        if len(parts) == 4:
-            ready.set()
-        if len(parts) == 5:
-            done.set()
         return len(parts) < 4
 
     worker = Worker(idle)
@@ -142,11 +139,11 @@ def test_idle_work_makes_way_and_goes_on():
     future = worker.submit(lambda check: list(parts), "tab", "show", 0)
     gate.go.set()
     assert future.result(SECONDS) == [0]
-    assert ready.wait(SECONDS)
+    until(lambda: len(parts) == 4)
     worker.submit(lambda check: 1, "tab", "show", 1).result(SECONDS)
     assert parts == [0, 1, 2, 3]
     worker.wake()
-    assert done.wait(SECONDS)
+    until(lambda: len(parts) == 5)
     worker.end()
     assert parts == [0, 1, 2, 3, 4]
 
