@@ -192,13 +192,17 @@ def test_small_files_are_not_inflated_to_large_ones(tmp_path, monkeypatch):
         opened(tmp_path / "a", long)
 
 
+def black(strips, count, height, width, **more) -> bytes:
+    """An archive of black images."""
+    image = torch.zeros(1, height, width, dtype=torch.uint8)
+    claim = {"shape": list(image.shape), "levels": 256, "names": "x", "count": count, **more}
+    return archive.pack(claim, [archive.checksum(image).to_bytes(4, "little") * count, *strips])
+
+
 def bomb(count=100_000) -> bytes:
-    """Black images of 100x100: 2 MB that say, truthfully, that they are 1 GB."""
-    strip = zlib.compress(bytes(64 * 10_000), 9)
-    rest = zlib.compress(bytes(count % 64 * 10_000), 9)
-    sums = archive.checksum(torch.zeros(1, 100, 100, dtype=torch.uint8)).to_bytes(4, "little")
-    claim = {"shape": [1, 100, 100], "levels": 256, "names": "x", "count": count}
-    return archive.pack(claim, [sums * count, *[strip] * (count // 64), *[rest] * (count % 64 > 0)])
+    """2 MB that claim 1 GB, truthfully."""
+    strip, rest = (zlib.compress(bytes(each * 10_000), 9) for each in (64, count % 64))
+    return black([*[strip] * (count // 64), *[rest] * (count % 64 > 0)], count, 100, 100)
 
 
 def test_an_archive_that_takes_too_much_memory_is_refused(tmp_path):
@@ -230,20 +234,17 @@ print(peak() - before, found.description.memory)
 """
 
 
+ARCHIVES = {
+    "strips": lambda: bomb(20_000),
+    "png": lambda: black([encoded(torch.zeros(1, 8000, 10_000).byte(), "PNG")], 1, 8000, 10_000),
+    "tall": lambda: black([zlib.compress(bytes(16_383 * 5000))], 16_383, 1, 5000, tall=True),
+}
+
+
 @pytest.mark.run
-@pytest.mark.parametrize("kind", ["many", "png", "tall"])
+@pytest.mark.parametrize("kind", ARCHIVES)
 def test_unpacking_takes_the_memory_that_was_foreseen(kind, tmp_path):
-    data = bomb(20_000)
-    if kind == "png":
-        x = torch.zeros(1, 8000, 10_000, dtype=torch.uint8)
-        claim = {"shape": list(x.shape), "levels": 256, "names": ["a.png"]}
-        data = archive.pack(claim, [archive.checksum(x).to_bytes(4, "little"), encoded(x, "PNG")])
-    if kind == "tall":
-        x = torch.zeros(16_383, 1, 1, 5000, dtype=torch.uint8)
-        claim = {"shape": [1, 1, 5000], "levels": 256, "names": "x", "count": len(x)}
-        sums = archive.checksum(x[0]).to_bytes(4, "little") * len(x)
-        tall = zlib.compress(bytes(x.numel()))
-        data = archive.pack({**claim, "tall": True}, [sums, tall])
+    data = ARCHIVES[kind]()
     (tmp_path / "a.fta").write_bytes(data)
     words = [sys.executable, "-c", PEAK, tmp_path / "a.fta"]
     done = subprocess.run(words, stdout=subprocess.PIPE, check=True)

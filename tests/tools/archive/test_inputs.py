@@ -1,10 +1,10 @@
 """The images that go into an archive."""
 
-import struct
 import zlib
 
 import pytest
 import torch
+from adversarial.damage import png
 from coding_helpers import claiming, picture
 from helpers import images, memory_below
 
@@ -32,11 +32,6 @@ def test_a_format_is_compared_only_if_it_gives_every_image_back(monkeypatch):
     assert "WEBP" not in ordinary_sizes(x, 256)
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 def test_a_picture_of_another_size_is_not_decoded(tmp_path):
     """Its pixels may take gigabytes."""
     data = lossless.encoded(to_8bit(images(1, (1, 8, 8), 256)[0], 256), "PNG")
@@ -49,9 +44,9 @@ def test_a_picture_of_another_size_is_not_decoded(tmp_path):
 def test_colours_of_16_bits_are_refused(tmp_path):
     """Pillow opens them as colours of 8 bits."""
     values = bytes(range(12))  # two pixels
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
-    png += chunk(b"IDAT", zlib.compress(b"\0" + values)) + chunk(b"IEND", b"")
-    for name, data in (("a.png", png), ("a.ppm", b"P6 2 1 65535\n" + values)):
+    pixels = [b"IDAT", zlib.compress(b"\0" + values)]
+    deep = png([[b"IHDR", [2, 1, 16, 2, 0, 0, 0]], pixels, [b"IEND", b""]])
+    for name, data in (("a.png", deep), ("a.ppm", b"P6 2 1 65535\n" + values)):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: 2x1 RGB of 16 bits: does not fit the model"):
             read_files([tmp_path / name], (3, 1, 2), 256)

@@ -1,6 +1,8 @@
 """Streams: the bits that the first images borrow, and images that cannot be coded."""
 
 import math
+import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from flowtrain.tools.archive.streams import (
     encode_stream,
     estimate,
 )
+from flowtrain.tools.archive.threads import in_threads
 
 pytest.importorskip("constriction")
 
@@ -67,3 +70,17 @@ def test_a_stream_of_a_causal_flow_begins_with_nothing():
         assert stream.described.chunks == chunks
         bits = flow.log_prob(x[:count]).sum().item() / -math.log(2)
         assert stream.net_bits == pytest.approx(bits, rel=1e-3, abs=24 + 32)  # a begun word
+
+
+def test_the_first_stream_that_fails_ends_all():
+    def slow(tick):
+        for _ in range(2000):
+            time.sleep(0.005)
+            tick(1)
+            ticks.append(1)
+
+    torch.set_num_threads(2)
+    ticks, fails = [], Mock(side_effect=ValueError("the second"))
+    with pytest.raises(ValueError, match="the second"):
+        in_threads([slow, fails], 1, lambda done, total: None)
+    assert len(ticks) < 2000

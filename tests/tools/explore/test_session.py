@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -81,9 +82,8 @@ def test_an_image_of_the_data_is_itself(session):
 
 def test_an_image_is_computed_once(session, monkeypatch):
     """Its facts and its neighbours follow it, and a sample of the grid is there already."""
-    calls = []
-    decode = session.flow.decode
-    monkeypatch.setattr(session.flow, "decode", lambda *args: calls.append(1) or decode(*args))
+    decode = Mock(wraps=session.flow.decode)
+    monkeypatch.setattr(session.flow, "decode", decode)
     images = samples(session, seed=5, temperatures=[1.0, 0.5], start=2, count=3)["images"]
     last = a_sample(5, 4, [1.0, 0.5])
     for place in (Place(source=last), Place(source=last, other=OTHER, way=0.3)):
@@ -94,7 +94,7 @@ def test_an_image_is_computed_once(session, monkeypatch):
             assert len(near["images"]) == 8
         if place.other is None:
             assert shown == images[2]
-    assert len(calls) == 2  # the three samples together, and the place on the path
+    assert decode.call_count == 2  # the three samples together, and the place on the path
 
 
 def test_few_images_and_latents_are_kept(session, monkeypatch):
@@ -149,9 +149,9 @@ def test_encoding_checks_often_whether_it_is_wanted(tmp_path):
     session = class_session(tmp_path, "causal")
     source = a_sample(temperatures=[1.0])
     session.image(Place(source=source), check)  # is kept
-    calls = []
-    session.latent_of(source, lambda: calls.append(1))
-    assert len(calls) >= 16  # entries
+    wanted = Mock()
+    session.latent_of(source, wanted)
+    assert wanted.call_count >= 16  # entries
 
 
 def test_a_direction_moves_its_level_alone(session):
@@ -244,12 +244,9 @@ def test_neighbours_of_a_training_image_begin_with_it(session):
         assert answer["compared"] == len(known)
 
 
-def fails_at_length():
-    raise UserError(f"data.root: {'long ' * 100}/the/place")
-
-
 def test_without_data_there_are_no_directions_and_ranks(of_classes):
-    of_classes._read_data, read = fails_at_length, of_classes._read_data
+    long = UserError(f"data.root: {'long ' * 100}/the/place")
+    of_classes._read_data, read = Mock(side_effect=long), of_classes._read_data
     of_classes.read_data()
     assert answers.describe(of_classes)["data"].endswith("/the/place")
     of_classes._read_data = read
@@ -266,21 +263,16 @@ def test_without_data_there_are_no_directions_and_ranks(of_classes):
 
 
 def test_the_ends_of_directions(session, monkeypatch):
-    decoded = []
-
-    def decode(z, check):
-        decoded.append(z)
-        return torch.zeros(len(z), *session.flow.shape, dtype=torch.uint8)
-
+    decode = Mock(side_effect=lambda z, check: torch.zeros(len(z), 1, 8, 8, dtype=torch.uint8))
     monkeypatch.setattr(session, "decode", decode)
     for level, each in enumerate(session.data.components):
         answer = ask(answers.ends, session, requests.Ends, place={"source": SAMPLE}, level=level)
-        count = len(each.deviations)
-        assert len(answer["images"]) == len(decoded[-1]) == 2 * count
+        decoded, count = decode.call_args.args[0], len(each.deviations)
+        assert len(answer["images"]) == len(decoded) == 2 * count
         for number, amount in ((0, -3.0), (count, 3.0), (2 * count - 1, 3.0)):
             move = requests.Principal(level=level, component=number % count, amount=amount)
             expected = latent(session, SAMPLE, principal=[move])[0]
-            torch.testing.assert_close(decoded[-1][number], expected)
+            torch.testing.assert_close(decoded[number], expected)
     with pytest.raises(Refused, match="level: 2 has no"):
         ask(answers.ends, session, requests.Ends, place={"source": SAMPLE}, level=2)
 
@@ -294,45 +286,37 @@ def test_stale_attributes_are_named_and_left_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("later", [False, True])
 def test_data_that_fail_unexpectedly_are_not_waited_for(later, monkeypatch, caplog):
-    def fails(*args):
-        raise ZeroDivisionError("secret")
-
-    session = a_session()
+    session, fails = a_session(), Mock(side_effect=ZeroDivisionError("secret"))
     if later:
         session.read_data()
         monkeypatch.setattr(session.data, "step", fails)
     else:
-        monkeypatch.setattr(session, "_read_data", fails)
+        session._read_data = fails
         session.read_data()
     assert not session.idle(check)
     assert "flowtrain failed (ZeroDivisionError)" in answers.describe(session)["data"]
     assert "secret" in caplog.text
 
 
-def test_a_model_too_large_for_the_memory_is_refused():
+def test_the_memory_bounds_the_images():
+    few, many = a_session(2**20), a_session(2**22)
+    assert 1 <= few.largest_count < many.largest_count
+    assert few.at_a_time < many.at_a_time
+    assert few.largest_file == 2**18
     with pytest.raises(UserError, match="--max-memory: one image of this model takes"):
         a_session(memory=2**13)
 
 
 def test_images_are_decoded_in_batches_that_fit(session, monkeypatch):
-    sizes = []
-    decode = session.flow.decode
-
-    def watched(z, *others):
-        sizes.append(len(z))
-        return decode(z, *others)
-
+    decode = Mock(wraps=session.flow.decode)
     monkeypatch.setattr(session, "at_a_time", 3)
-    monkeypatch.setattr(session.flow, "decode", watched)
+    monkeypatch.setattr(session.flow, "decode", decode)
     assert len(samples(session, count=8)["images"]) == 8
-    assert sizes == [3, 3, 2]
+    assert [len(call.args[0]) for call in decode.call_args_list] == [3, 3, 2]
 
 
 def test_a_place_that_is_not_finite_is_refused(session, monkeypatch):
-    def fails(z, *others):
-        raise FloatingPointError
-
-    monkeypatch.setattr(session.flow, "decode", fails)
+    monkeypatch.setattr(session.flow, "decode", Mock(side_effect=FloatingPointError))
     with pytest.raises(Refused, match="this latent is too far out"):
         ask(answers.show, session, place={"source": a_sample(1234)})
     monkeypatch.setattr(answers, "account", lambda *args: Accounts(math.inf, {}))

@@ -3,8 +3,10 @@
 import gc
 import threading
 import weakref
+from unittest.mock import Mock
 
 import pytest
+from explore_helpers import until
 
 from flowtrain.tools.explore import worker as module
 from flowtrain.tools.explore.requests import Refused
@@ -16,6 +18,8 @@ SECONDS = 20  # a test that waits longer has failed
 class Gate:
     """A request that has begun, and goes on when it is told to."""
 
+    finished = False
+
     def __init__(self):
         self.begun, self.go = threading.Event(), threading.Event()
 
@@ -23,7 +27,7 @@ class Gate:
         self.begun.set()
         assert self.go.wait(SECONDS)
         check()
-        return "done"
+        self.finished = True
 
 
 @pytest.fixture
@@ -97,22 +101,12 @@ def test_too_many_are_refused_and_the_rest_is_computed(worker):
 
 def test_a_request_that_is_cancelled_is_given_up(worker):
     """As the web server does for a page that is gone."""
-    begun, go, stopped = threading.Event(), threading.Event(), []
-
-    def call(check):
-        begun.set()
-        assert go.wait(SECONDS)
-        with pytest.raises(Superseded):
-            check()
-        stopped.append(True)
-
-    futures = [worker.submit(call, "tab", "show", 0)]
-    assert begun.wait(SECONDS)
-    futures += [worker.submit(lambda check: 1, f"tab{i}", "show", 0) for i in range(WAITING)]
-    assert all(future.cancel() for future in futures)
+    gate, first = busy(worker)
+    waiting = [worker.submit(lambda check: 1, f"tab{i}", "show", 0) for i in range(WAITING)]
+    assert all(future.cancel() for future in (first, *waiting))
     last = worker.submit(lambda check: 2, "tab", "facts", 0)  # those that are gone take no place
-    go.set()
-    assert last.result(SECONDS) == 2 and stopped
+    gate.go.set()
+    assert last.result(SECONDS) == 2 and not gate.finished
 
 
 def test_results_and_old_tabs_are_not_kept(worker, monkeypatch):
@@ -132,16 +126,12 @@ def test_results_and_old_tabs_are_not_kept(worker, monkeypatch):
 
 
 def test_idle_work_makes_way_and_goes_on():
-    parts, gate, ready, done = [], Gate(), threading.Event(), threading.Event()
+    parts, gate = [], Gate()
 
     def idle(check):
         parts.append(len(parts))
         if len(parts) == 1:
             gate(check)  # raises, because a request waits
-        if len(parts) == 4:
-            ready.set()
-        if len(parts) == 5:
-            done.set()
         return len(parts) < 4
 
     worker = Worker(idle)
@@ -149,27 +139,22 @@ def test_idle_work_makes_way_and_goes_on():
     future = worker.submit(lambda check: list(parts), "tab", "show", 0)
     gate.go.set()
     assert future.result(SECONDS) == [0]
-    assert ready.wait(SECONDS)
+    until(lambda: len(parts) == 4)
     worker.submit(lambda check: 1, "tab", "show", 1).result(SECONDS)
     assert parts == [0, 1, 2, 3]
     worker.wake()
-    assert done.wait(SECONDS)
+    until(lambda: len(parts) == 5)
     worker.end()
     assert parts == [0, 1, 2, 3, 4]
 
 
 def test_idle_work_that_fails_is_not_tried_again(caplog):
-    calls = []
-
-    def idle(check):
-        calls.append(1)
-        raise RuntimeError("broken")
-
+    idle = Mock(side_effect=RuntimeError("broken"))
     worker = Worker(idle)
     for turn in range(2):
         assert worker.submit(lambda check: 1, "tab", "show", turn).result(SECONDS) == 1
     worker.end()
-    assert calls == [1] and "broken" in caplog.text
+    assert idle.call_count == 1 and "broken" in caplog.text
 
 
 def test_ending_drops_requests():

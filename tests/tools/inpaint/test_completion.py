@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from catalogue import TINY_RUN, sets
-from cli_helpers import FOLDER, quick
+from cli_helpers import quick, trained
 from helpers import a_config, agrees, images, tiny_flow
 from PIL import Image
 
@@ -80,31 +79,27 @@ def test_the_default_steps_suffice_for_digits(tmp_path):
 
 
 @pytest.mark.run
-def test_the_command():
-    folder = FOLDER / "inpaint"
-    folder.mkdir()
-    options = [*TINY_RUN, *sets(train__num_steps=1, train__sample_every=9)]
-    quick("train", *options, "--run-dir", "run", cwd=folder).ok()
+def test_the_command(tmp_path):
     x, mask = images(1, (1, 8, 8), 17)[0] * 15, torch.zeros(1, 8, 8, dtype=torch.uint8)
     mask[:, 4:] = 255
-    saved(folder / "x.png", x)
-    saved(folder / "m.png", mask)
-    line = ["inpaint", "run", "--image", "x.png", "--num-images", 2, "--steps", 8]
-    done = quick(*line, "--mask", "m.png", "--out", "a", cwd=folder).ok()
+    saved(tmp_path / "x.png", x)
+    saved(tmp_path / "m.png", mask)
+    line = ["inpaint", trained()["glow"], "--image", "x.png", "--num-images", 2, "--steps", 8]
+    done = quick(*line, "--mask", "m.png", "--out", "a", cwd=tmp_path).ok()
     assert "32 of 64 pixels are missing" in done.out and "accepted" in done.out
     assert re.search(r"\nabout \d+:\d\d for 2 chains of 8 moves; .*\n.* 2 samples", done.out)
-    result = json.loads((folder / "a" / "inpaint.json").read_text())
+    result = json.loads((tmp_path / "a" / "inpaint.json").read_text())
     assert np.isfinite(result["bits_per_dim"]).tolist() == [True, True]
     assert 0 <= result["accepted"] <= 1
-    kept = [np.array(Image.open(folder / "a" / f"sample-0{i}.png")) for i in (0, 1)]
-    expected = completion.open_image(folder / "x.png", (1, 8, 8), 17)[0, :4].astype(int)
+    kept = [np.array(Image.open(tmp_path / "a" / f"sample-0{i}.png")) for i in (0, 1)]
+    expected = completion.open_image(tmp_path / "x.png", (1, 8, 8), 17)[0, :4].astype(int)
     assert all(np.array_equal(each[:4], expected * 255 // 16) for each in kept)
     assert not np.array_equal(*kept)
-    quick(*line, "--mask", "m.png", "--out", "b.npz", cwd=folder).ok()
-    again = np.load(folder / "b.npz")["images"][..., 0].astype(int) * 255 // 16
+    quick(*line, "--mask", "m.png", "--out", "b.npz", cwd=tmp_path).ok()
+    again = np.load(tmp_path / "b.npz")["images"][..., 0].astype(int) * 255 // 16
     assert np.array_equal(again, kept)
-    line[3] = saved(folder / "small.png", x[:, ::2, ::2])
-    done = quick(*line, "--factor", 2, "--out", "c", cwd=folder).ok()
+    line[3] = saved(tmp_path / "small.png", x[:, ::2, ::2])
+    done = quick(*line, "--factor", 2, "--out", "c", cwd=tmp_path).ok()
     assert "the means of patches of 2x2 pixels are known" in done.out
 
 

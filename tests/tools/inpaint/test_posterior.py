@@ -18,7 +18,7 @@ from flowtrain.flow.flow import Flow
 from flowtrain.flow.image_context import ImageContext
 from flowtrain.tools.inpaint import posterior
 from flowtrain.tools.inpaint.constraints import Averages, Pixels
-from flowtrain.tools.inpaint.posterior import in_order, require, sample
+from flowtrain.tools.inpaint.posterior import require, sample
 
 
 class Linear(Bijection):
@@ -100,14 +100,10 @@ def test_the_posterior_is_of_cells_not_of_their_middles():
     density = flow.log_density(mesh).detach().exp().view(3, 100, 3, 100).mean((1, 3))
     x, known = torch.tensor([[[2, 0]]]), torch.tensor([[[True, False]]])
     expected = density[2] / density[2].sum()
-    at_middle = flow.log_density(torch.stack([torch.full((300,), 2.5 / 3), y], 1).view(-1, 1, 1, 2))
-    middles = at_middle.detach().exp().view(3, 100).mean(1)
     found = sample(flow, Pixels(x, known, 3), 1500, 20, seed=0)
     share = torch.bincount(found.x[:, 0, 0, 1], minlength=3) / 1500
     error = (share - expected) / (expected * (1 - expected) / 1500).sqrt()
     assert error.abs().max() < 4
-    off = (share - middles / middles.sum()) / (expected / 1500).sqrt()
-    assert off.abs().max() > 8  # this test can tell them apart
 
 
 # --- causal models --------------------------------------------------------------------------------
@@ -141,7 +137,6 @@ def distance(x, weights):
 )
 @pytest.mark.run  # takes long
 def test_missing_entries_of_a_causal_model(mask, moves, monkeypatch):
-    """If entries are known after missing ones, the moves make the difference."""
     a_second_each = SimpleNamespace(perf_counter=itertools.count().__next__)
     monkeypatch.setattr(posterior, "time", a_second_each)
     (flow, probability), x = causal(), EVERYTHING[50]
@@ -154,10 +149,6 @@ def test_missing_entries_of_a_causal_model(mask, moves, monkeypatch):
     expected = 2 * 6 * posterior.LEAPFROG if moves else None
     assert posterior.estimated_seconds(flow, constraint, 5, 6) == expected
     assert distance(found.x, probability) < 1.6
-    if moves:
-        layer, given = discrete_model(flow.bijection), x.expand(800, -1, -1, -1)
-        start = in_order(flow, layer, given, known, None, seeded())
-        assert distance(start, probability) > 2
 
 
 @pytest.mark.run  # takes long

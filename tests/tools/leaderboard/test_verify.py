@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from catalogue import TINY_RUN, sets
-from cli_helpers import copy_of, metrics, quick, summary
+from cli_helpers import copy_of, metrics, quick, summary, trained
 from helpers import CPU, SHARED, npz
 from torch.utils.tensorboard import SummaryWriter
 
@@ -49,8 +49,9 @@ def run(original, tmp_path, monkeypatch):
     return copy_of(path, tmp_path / "run")
 
 
-def verified(run, mirror=False, **data):
-    model = load_model(str(run), CPU, mirror=mirror)
+def verified(run, model=None, **data):
+    """The verified run, with its model as it stands or as a test has changed it."""
+    model = model or load_model(str(run), CPU)
     section = {**model.checkpoint.meta["config"]["data"], **data}
     return verify(model, dataset(section))
 
@@ -61,7 +62,7 @@ def edit(path, **changes):
 
 @pytest.mark.run
 def test_a_sound_run(run, monkeypatch):
-    found, mirrored = verified(run), verified(run, mirror=True)
+    found, mirrored = verified(run), verified(run, load_model(str(run), CPU, mirror=True))
     evaluated = json.loads((run / "evaluate-test.json").read_text())
     assert found.test.loss == evaluated["loss"] != mirrored.test.loss
     assert found.reached[1] is None and 0 < found.reached[9] < found.seconds
@@ -74,7 +75,7 @@ def test_a_sound_run(run, monkeypatch):
     assert "A processor, " in edited.row and edited.parameters == found.parameters > 1
     model = load_model(str(run), CPU)
     model.checkpoint.meta["threads"] = None
-    assert verify(model, dataset(model.checkpoint.meta["config"]["data"])).machine == "A processor"
+    assert verified(run, model).machine == "A processor"
     for changes, message in (
         ({"clock": "processor"}, "no wall-clock time"),
         ({"logger": ["wandb"]}, "no log of TensorBoard .train.logger is .'wandb'"),
@@ -82,12 +83,10 @@ def test_a_sound_run(run, monkeypatch):
         train = model.config.train.model_copy(update=changes)
         changed = model.config.model_copy(update={"train": train})
         with pytest.raises(UserError, match=f"run: {message}"):
-            other = dataclasses.replace(model, config=changed)
-            verify(other, dataset(model.checkpoint.meta["config"]["data"]))
-    model = load_model(str(run), CPU)
+            verified(run, dataclasses.replace(model, config=changed))
     model.flow.dequantizer = GaussianDequantizer(256, 0.05)
     with pytest.raises(UserError, match="run: no bits/dim of whole images"):
-        verify(model, dataset(model.checkpoint.meta["config"]["data"]))
+        verified(run, model)
 
 
 @contextlib.contextmanager
@@ -193,9 +192,9 @@ def test_other_data(run, tmp_path, monkeypatch):
 @pytest.mark.run
 def test_the_command(tmp_path):
     """Only runs of the benchmarks have a row."""
+    run = trained()["glow"]
     message = "not evaluated on the test split of CIFAR-10 or MNIST with 256 levels"
-    quick("train", *TINY_RUN, "--run-dir", "r", cwd=tmp_path).ok()
-    quick("verify-record", "r", cwd=tmp_path).failed(2, f"r: {message}")
+    quick("verify-record", run, cwd=tmp_path).failed(2, f"{run}: {message}")
     quick("verify-record", "glow_digits", cwd=tmp_path).failed(2, "no such run directory")
 
 

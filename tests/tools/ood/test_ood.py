@@ -1,6 +1,5 @@
 """`flowtrain ood`: the scores, the areas, the images that are compared, and the output files."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -32,12 +31,6 @@ def a_model(tmp_path, shape=(1, 4, 4), levels=256, **data):
     section = npz(tmp_path / "own.npz", train=40, test=30, shape=size, validation=10, **data)
     config = a_config("glow", data=section)
     return loaded(tiny_flow("glow", shape, levels), config, tmp_path / "model")
-
-
-def compared(model, *names, **options):
-    data = DataSet(model.config.data)
-    collections = collecting.collect(model, data, None, list(names), num_images=30, seed=2)
-    return scoring.score_all(model, collections, **options)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -158,10 +151,11 @@ def test_wrong_names(tmp_path):
 @pytest.mark.run  # takes long
 def test_the_comparison_against_a_direct_computation(tmp_path):
     model = a_model(tmp_path)
-    steps = []
+    data, steps = DataSet(model.config.data), []
     options = {"seed": 5, "batch_size": 7, "progress": lambda *step: steps.append(step)}
-    comparison = compared(model, "noise", "shuffled", **options)
-    data = DataSet(model.config.data)
+    made = ["noise", "shuffled"]
+    collections = collecting.collect(model, data, None, made, num_images=30, seed=2)
+    comparison = scoring.score_all(model, collections, **options)
     nats = {n: score(model.flow, data.split(n), seed=5).log_prob for n in ("validation", "test")}
     bits = {name: -each.numpy() / (16 * math.log(2)) for name, each in nats.items()}
     entropy = bits["validation"].mean()
@@ -198,21 +192,20 @@ def test_the_comparison_against_a_direct_computation(tmp_path):
     rest |= {"stored_shape": None, "stored_levels": None}
     assert described.keys() == {*figures, *rest} and rest.items() <= described.items()
 
-    rows = list(csv.DictReader(io.StringIO(results.scores_csv(comparison).decode())))
-    assert ",".join(rows[0]) == (
+    text = io.BytesIO(results.scores_csv(comparison))
+    rows = np.genfromtxt(text, None, delimiter=",", names=True, encoding="utf-8")
+    assert ",".join(rows.dtype.names) == (
         "dataset,index,loss,log_prob,typicality,complexity,complexity_corrected,p_value"
     )
-    names = ("npz", "noise", "shuffled")
-    expected = [(name, index) for name in names for index in range(30)]
-    assert [(row["dataset"], int(row["index"])) for row in rows] == expected
-    for row in rows:
-        loss, log_prob, *others = (float(value) for value in list(row.values())[2:])
-        assert loss == pytest.approx(-log_prob / (16 * math.log(2)))
-        assert others[0] == pytest.approx(abs(loss - comparison.reference.entropy))
-        assert others[2] == pytest.approx(loss - others[1])
-        held_out = comparison.reference.scores["complexity_corrected"]
-        assert others[3] == pytest.approx((1 + (held_out >= others[2]).sum()) / 11)
-    assert float(rows[0]["complexity"]) == length[0]
+    assert rows["dataset"].tolist() == np.repeat(["npz", "noise", "shuffled"], 30).tolist()
+    assert rows["index"].tolist() == 3 * [*range(30)]
+    loss, corrected = rows["loss"], rows["complexity_corrected"]
+    assert loss == pytest.approx(-rows["log_prob"] / (16 * math.log(2)))
+    assert rows["typicality"] == pytest.approx(abs(loss - comparison.reference.entropy))
+    assert corrected == pytest.approx(loss - rows["complexity"])
+    held_out = comparison.reference.scores["complexity_corrected"]
+    assert rows["p_value"] == pytest.approx((1 + (held_out >= corrected[:, None]).sum(1)) / 11)
+    assert rows["complexity"][0] == length[0]
     with Image.open(io.BytesIO(draw(comparison))) as picture:
         assert picture.format == "PNG" and picture.width > 1000
         assert len(picture.convert("RGB").getcolors(10**6)) > 10

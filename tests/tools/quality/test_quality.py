@@ -1,6 +1,7 @@
 """`flowtrain quality`: the figures against closed forms, samples, features."""
 
 import json
+from unittest.mock import Mock
 
 import cli_helpers
 import numpy as np
@@ -22,14 +23,6 @@ from flowtrain.system.random import Stream, generator
 from flowtrain.tools.quality import features as networks
 from flowtrain.tools.quality import figures, samples
 from flowtrain.tools.quality.figures import Statistics, density_and_coverage, statistics_of
-
-
-def digits():
-    """1797 digits with 16 levels per pixel of a 7x7 mesh, and their classes: `(N, 1, 28, 28)`."""
-    data = load_digits()
-    small = torch.from_numpy(data.images * 255 / 16)[:, None]
-    large = nn.functional.interpolate(small, size=28, mode="bicubic").clamp(0, 255)
-    return large.round().to(torch.uint8), torch.from_numpy(data.target)
 
 
 def with_moments(mean, covariance, count=200):
@@ -87,14 +80,15 @@ def test_neighbours_are_those_of_the_papers():
 
 @pytest.mark.run
 def test_figures_become_worse_with_the_images():
-    """With noise, blur and fewer classes. Other images of the set are the floor."""
-    x, classes = digits()
-    x, y, classes = x[::2], x[1::2], classes[::2]
+    """Digits with noise, blur and fewer classes. Other images of the set are the floor."""
+    data = load_digits()
+    small = torch.from_numpy(data.images * 255 / 16)[:, None]
+    x = nn.functional.interpolate(small, size=28, mode="bicubic").clamp(0, 255).round().byte()
+    x, y, classes = x[::2], x[1::2], torch.from_numpy(data.target)[::2]
     noise = torch.randn(x.shape, generator=seeded())
-    blurred = [nn.functional.avg_pool2d(x.float(), k, 1, k // 2) for k in (3, 5, 7)]
     series = {
         "noise": [(x + sigma * noise).clamp(0, 255) for sigma in (15, 40, 80)],
-        "blur": blurred,
+        "blur": [nn.functional.avg_pool2d(x.float(), k, 1, k // 2) for k in (3, 5, 7)],
         "modes": [x[classes < count] for count in (8, 5, 2)],
     }
     for name, worse in series.items():
@@ -159,10 +153,7 @@ def test_the_weights_of_inception(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_fidelity, "FeatureExtractorInceptionV3", Stub)
     file = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     x = images(9, (1, 6, 5))
-
-    def offline(url, *others, **options):
-        raise OSError("no network")
-
+    offline = Mock(side_effect=OSError("no network"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(UserError, match=f"no network.: put the file https.*{file.name} at {file}"):
         networks.load("inception", (1, 6, 5), CPU)

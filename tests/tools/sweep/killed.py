@@ -41,17 +41,10 @@ class Operations(kills.Operations):
         self.shared = multiprocessing.Value("q")
         super().__init__(fatal, log)
 
-    @property
-    def count(self) -> int:
-        return self.shared.value
-
-    @count.setter
-    def count(self, value: int) -> None:
-        self.shared.value = value
-
     def before(self, what: str) -> None:
         with self.shared.get_lock():
-            self.count += 1
+            self.shared.value += 1
+            self.count = self.shared.value
             self.log.write(f"{what}\n")
             if self.count == self.fatal:
                 os.killpg(0, signal.SIGKILL)
