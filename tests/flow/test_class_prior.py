@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from catalogue import TINY, sets
-from cli_helpers import quick
+from catalogue import TINY
 from helpers import CPU, a_config, images, npz, perturb, seeded, tiny_flow
 from torch.distributions import Normal
 
@@ -173,15 +172,3 @@ def test_bounds_by_class_are_those_of_the_draws():
     assert scores.draws_by_class.shape == (2, 3, 9)
     torch.testing.assert_close(scores.draws, scores.draws_by_class.logsumexp(dim=1) - math.log(3))
     torch.testing.assert_close(scores.base + scores.log_det, scores.draws[0])
-
-
-@pytest.mark.run
-def test_resuming_notices_other_labels(tmp_path):
-    section = labelled(tmp_path / "a.npz")
-    options = sets(data__name="npz", data__path="a.npz", data__validation=10, model__levels=1)
-    options += sets(model__classes=4, model__steps=1, model__width=4, train__batch_size=8)
-    quick("train", *options, *sets(train__num_steps=2), "--run-dir", "r", cwd=tmp_path).ok()
-    arrays = dict(np.load(section["path"]))
-    np.savez(tmp_path / "a.npz", **{**arrays, "y_train": (arrays["y_train"] + 1) % 4})
-    command = ["train", *options, *sets(train__num_steps=4), "--run-dir", "s"]
-    quick(*command, "--resume", "r", cwd=tmp_path).failed(2, "not the images that", "labels")
