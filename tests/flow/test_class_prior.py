@@ -134,18 +134,13 @@ def test_guided_samples_are_by_the_extrapolated_parameters(model):
     assert torch.equal(flow.decode(z, labels, guidance=0.0), plain) and not torch.equal(x, plain)
 
 
-def labelled(path, **options):
-    """Images whose class is in their first pixel."""
-    section = npz(path, train=50, test=20, validation=10, **options)
-    arrays = dict(np.load(path))
-    arrays |= {f"y_{part}": arrays[f"x_{part}"][:, :1, 0, 0] % 3 for part in ("train", "test")}
-    np.savez(path, **arrays)
-    return section
-
-
 @pytest.mark.parametrize("streamed", [{}, {"max_in_memory": 0, "workers": 1}])
 def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
-    section = labelled(tmp_path / "a.npz")
+    """The class of an image is in its first pixel."""
+    section = npz(tmp_path / "a.npz", train=50, test=20, validation=10)
+    arrays = dict(np.load(section["path"]))
+    arrays |= {f"y_{part}": arrays[f"x_{part}"][:, :1, 0, 0] % 3 for part in ("train", "test")}
+    np.savez(section["path"], **arrays)
     config = a_config({"name": "glow", "classes": 3, **TINY["glow"]}, data={**section, **streamed})
     data = DataSet(config.data)
     for group in (None, distributed.Group(None, 1, 2)):
@@ -160,8 +155,8 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
         assert len(split) == count
         assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long())
     assert Batches(data, a_config("glow", data=section), 7, CPU).at(0)[1] is None
-    with np.load(tmp_path / "a.npz") as arrays:  # without a test split of their own
-        np.savez(tmp_path / "b.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
+    # without a test split of their own
+    np.savez(tmp_path / "b.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
     split = DataSet(config.data.model_copy(update={"path": tmp_path / "b.npz"})).split("test")
     assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long())
 

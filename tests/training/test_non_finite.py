@@ -108,15 +108,15 @@ def test_a_moment_of_too_high_a_rate_is_survived(tmp_path, monkeypatch, capsys):
     """After the first event, half the rate is enough. Training goes back to the best checkpoint,
     the newest one, which is still being written.
     """
-    fsync = os.fsync
+    fsync, steps = os.fsync, []
 
     def slowly(handle):
-        if threading.current_thread() is not threading.main_thread():
-            time.sleep(0.05)
+        if threading.current_thread() is not threading.main_thread() and len(steps) in (7, 8):
+            time.sleep(0.5)
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", slowly)
-    spoil(monkeypatch, 8)
+    spoil(monkeypatch, 8, lambda: steps.append(1))
     train(tmp_path, num_steps=20, batch_size=32, lr=2e-3, validate_every=1)
     out = capsys.readouterr().out
     assert "step 7: loss nan" in out
