@@ -48,6 +48,12 @@ def initialized(flow, x, seed=0):
     return flow
 
 
+def jacobians(function, x):
+    """Those of the first result for each example of `x`, `(B, outputs, inputs)`."""
+    full = torch.autograd.functional.jacobian(lambda v: function(v)[0].flatten(1).sum(dim=0), x)
+    return full.reshape(full.shape[0], len(x), -1).movedim(1, 0)
+
+
 @contextlib.contextmanager
 def memory_below(most):
     """At its peak, in bytes that Python allocates."""

@@ -4,13 +4,11 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import a_config, perturb, seeded, tiny_flow
+from helpers import perturb, seeded
 from torch.autograd.functional import jacobian
 
 from flowtrain.bijections import AffineTransform, MaskedAutoregressive
-from flowtrain.errors import UserError
 from flowtrain.nets.masked import MaskedDenseNet, MaskedLinear
-from flowtrain.training.step import require_trainable
 
 # dims, width, hidden layers, features of a context
 SIZES = [(1, 4, 1, 0), (2, 5, 2, 0), (6, 40, 3, 0), (9, 3, 2, 0), (5, 30, 2, 3), (1, 4, 1, 3)]
@@ -23,22 +21,6 @@ def net_of(dims, width, hidden_layers, context_features):
 
 def some(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def test_reversible_is_refused_in_bf16():
-    """The inverse in float32 does not give back the input from which bf16 computed the output."""
-    cpu, train = torch.device("cpu"), {"memory": "reversible", "precision": "bf16"}
-    for model in ("maf", "iaf"):
-        flow = tiny_flow(model)
-        with pytest.raises(UserError, match="train.memory: reversible"):
-            require_trainable(flow, a_config(model, train=train), cpu)
-        for change in ({"memory": "store"}, {"precision": "fp32"}):
-            require_trainable(flow, a_config(model, train={**train, **change}), cpu)
-    require_trainable(tiny_flow("glow"), a_config("glow", train=train), cpu)
-    flow = tiny_flow("causal")
-    require_trainable(flow, a_config("causal", train={"memory": "checkpoint"}), cpu)
-    with pytest.raises(UserError, match="train.memory: reversible saves nothing here"):
-        require_trainable(flow, a_config("causal", train={"memory": "reversible"}), cpu)
 
 
 @pytest.mark.parametrize("dims, width, hidden_layers, context_features", SIZES)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from catalogue import sets
+from catalogue import EXACT
 from cli_helpers import metrics, quick
-from helpers import perturb, seeded
+from helpers import CPU, a_config, jacobians, perturb, seeded
 from torch import nn
 
 from flowtrain.bijections import Continuous, Sequential
@@ -14,8 +14,8 @@ from flowtrain.bijections import continuous as module
 from flowtrain.bijections.continuous import EVALUATION, EXACT_DIMS, STAGES, Dynamics, random_signs
 from flowtrain.bijections.memory import executor_of
 from flowtrain.training import reporting
-
-TIGHT = {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}
+from flowtrain.training.loop import fit
+from flowtrain.training.run_directory import RunDirectory
 
 
 def layer_of(dims, width=8, hidden_layers=2, scale=0.3, seed=0, **options):
@@ -63,7 +63,7 @@ def test_a_linear_equation(solver):
 @pytest.mark.parametrize("gradient, share", [(True, 1.0), (False, EVALUATION)])
 def test_the_tolerances_hold(tolerance, gradient, share):
     x = torch.randn(20, 4, generator=seeded(), dtype=torch.float64)
-    exact = layer_of(4, scale=0.6, **TIGHT).double()
+    exact = layer_of(4, scale=0.6, **EXACT).double()
     layer = layer_of(4, scale=0.6, rtol=tolerance, atol=tolerance).double()
     with torch.set_grad_enabled(gradient):
         found, expected = layer(x), exact(x)
@@ -73,7 +73,7 @@ def test_the_tolerances_hold(tolerance, gradient, share):
 
 def test_smaller_tolerances_than_float32_has():
     x = torch.randn(20, 4, generator=seeded())
-    layer, exact = layer_of(4, rtol=1e-12, atol=1e-12), layer_of(4, **TIGHT).double()
+    layer, exact = layer_of(4, rtol=1e-12, atol=1e-12), layer_of(4, **EXACT).double()
     with torch.no_grad():
         for found, expected in zip(layer(x), exact(x.double()), strict=True):
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -103,7 +103,7 @@ def test_more_evaluations_for_less_error():
 
 @pytest.mark.run  # takes long
 def test_stages_are_on_the_way():
-    layer = layer_of(3, **TIGHT).double()
+    layer = layer_of(3, **EXACT).double()
     z = torch.randn(6, 3, generator=seeded(), dtype=torch.float64)
     stages = layer.stages(z)
     assert len(stages) == STAGES + 1 and torch.equal(stages[0], z) and not stages[-1].requires_grad
@@ -120,11 +120,10 @@ def test_the_trace_is_that_of_the_jacobian():
     dynamics = perturb(Dynamics(5, 7, 2)).double()
     t, probes = torch.tensor(0.4, dtype=torch.float64), torch.eye(5, dtype=torch.float64)[None]
     x = torch.randn(3, 5, generator=seeded(), dtype=torch.float64)
-    jacobians = torch.autograd.functional.jacobian(lambda v: dynamics(t, v, probes)[0].sum(0), x)
-    jacobians = jacobians.transpose(0, 1)  # (B, D, D)
-    torch.testing.assert_close(dynamics(t, x, probes)[1], jacobians.diagonal(dim1=1, dim2=2).sum(1))
+    each = jacobians(lambda v: dynamics(t, v, probes), x)
+    torch.testing.assert_close(dynamics(t, x, probes)[1], each.diagonal(dim1=1, dim2=2).sum(1))
     signs = random_signs(x)
-    expected = torch.einsum("bi,bij,bj->b", signs, jacobians, signs)
+    expected = torch.einsum("bi,bij,bj->b", signs, each, signs)
     torch.testing.assert_close(dynamics(t, x, signs[:, None])[1], expected)
 
 
@@ -199,7 +198,7 @@ def test_too_many_steps_are_not_a_number(monkeypatch):
 def test_the_adjoint_has_the_same_gradients(direction, trace):
     gradients, evaluations = [], []
     for adjoint in (False, True):
-        layer = layer_of(5, trace=trace, adjoint=adjoint, **TIGHT).double()
+        layer = layer_of(5, trace=trace, adjoint=adjoint, **EXACT).double()
         x = torch.randn(4, 5, generator=seeded(), dtype=torch.float64).requires_grad_()
         z, log_det = getattr(layer, direction)(x)
         before = layer.evaluations
@@ -210,15 +209,13 @@ def test_the_adjoint_has_the_same_gradients(direction, trace):
     assert evaluations[0] == 0 < evaluations[1]
 
 
-RUN = sets(data__name="digits", model__name="cnf", model__width=8, model__hidden_layers=1)
-RUN += sets(train__num_steps=3, train__log_every=1, train__validate_every=3, train__batch_size=32)
-
-
 @pytest.mark.run
 def test_a_run_reports_the_solver(tmp_path):
-    quick("train", *RUN, "--run-dir", "a", cwd=tmp_path).ok()
+    often = {"num_steps": 3, "log_every": 1, "validate_every": 3}
+    config = a_config({"name": "cnf", "width": 8, "hidden_layers": 1}, train=often)
+    fit(config, RunDirectory(tmp_path), CPU)
     train, validation = (
-        [row for row in metrics(tmp_path / "a") if row["split"] == split]
+        [row for row in metrics(tmp_path) if row["split"] == split]
         for split in ("train", "validation")
     )
     assert [row["function_evaluations"] > 5 for row in train] == [True] * 3
@@ -229,6 +226,7 @@ def test_a_run_reports_the_solver(tmp_path):
 @pytest.mark.run
 def test_without_the_extra(tmp_path):
     # In a process without torchdiffeq.
-    done = quick("train", *RUN, cwd=tmp_path, first="import sys; sys.modules['torchdiffeq'] = None")
+    hidden = "import sys; sys.modules['torchdiffeq'] = None"
+    done = quick("train", "model.name=cnf", cwd=tmp_path, first=hidden)
     done.failed(2, "model.name: cnf needs the package torchdiffeq (the extra cnf): ")
     assert not (tmp_path / "runs").exists()

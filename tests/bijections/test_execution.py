@@ -6,10 +6,11 @@ from helpers import perturb, ready, seeded, tiny_flow
 
 from flowtrain import bijections as b
 from flowtrain.bijections.context import Guided, unguided
-from flowtrain.bijections.execution import LayerByLayer, call
+from flowtrain.bijections.execution import call
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.bijections.inverses import MatchingInverse, WithProgress
 from flowtrain.bijections.memory import executor_of
+from flowtrain.evaluation.layers import Watching
 from flowtrain.nets.convolution import GlowNet
 from flowtrain.nets.masked import MaskedDenseNet
 
@@ -18,30 +19,25 @@ def autoregressive():
     return b.MaskedAutoregressive(MaskedDenseNet(4, 2, 8, 1), b.AffineTransform())
 
 
-class Recording(LayerByLayer):
-    """Records the class and the direction of each call."""
-
-    def __init__(self):
-        self.calls = []
-
-    def call(self, layer, direction, x, context):
-        self.calls.append((type(layer).__name__, direction))
-        return call(layer, direction, x, context)
-
-
 def test_layers_are_called_in_the_order_of_the_direction():
     inner = b.Sequential(b.ActNorm((4,)), b.Inverse(autoregressive()))
     chain = ready(b.Sequential(b.Flatten((4,)), inner))
-    recording = Recording()
+    calls = []
+
+    def around(name, layer, direction, given, context):
+        calls.append((type(layer).__name__, direction))
+        return call(layer, direction, given, context)
+
+    recording = Watching(chain, around)
     x = torch.randn(2, 4, generator=seeded())
     z, _ = chain.run(recording, "forward", x)
     forward = [("Flatten", "forward"), ("ActNorm", "forward"), ("MaskedAutoregressive", "inverse")]
-    assert recording.calls == forward
+    assert calls == forward
     torch.testing.assert_close(chain.run(MatchingInverse(), "forward", x)[0], z)
-    recording.calls.clear()
+    calls.clear()
     chain.run(recording, "inverse", z)
     swap = {"forward": "inverse", "inverse": "forward"}
-    assert recording.calls == [(name, swap[direction]) for name, direction in reversed(forward)]
+    assert calls == [(name, swap[direction]) for name, direction in reversed(forward)]
 
 
 @pytest.mark.parametrize("layer", [b.Conv1x1, b.Conv1x1LU])

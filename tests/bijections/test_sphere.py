@@ -1,15 +1,12 @@
-"""Flows on the sphere: data, circular splines, volumes on the surface, the density, commands."""
+"""Flows on the sphere: data, circular splines, volumes on the surface, and the density."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from catalogue import SPHERE, sets
-from cli_helpers import quick
-from helpers import a_config, perturb, seeded
-from PIL import Image
+from catalogue import SPHERE
+from helpers import a_config, jacobians, perturb, seeded
 from torch.nn.functional import normalize
 
 import flowtrain
@@ -104,12 +101,6 @@ def test_a_circular_spline_is_a_smooth_map_of_the_circle(seed):
         torch.testing.assert_close(back, expected)
 
 
-def jacobians(function, x):
-    """The Jacobian of each example, `(B, outputs, inputs)`."""
-    full = torch.autograd.functional.jacobian(lambda v: function(v)[0].flatten(1).sum(dim=0), x)
-    return full.reshape(full.shape[0], len(x), -1).movedim(1, 0)
-
-
 @pytest.mark.parametrize(
     "bijection", [SphereToAngles(), a_flow().double().bijection], ids=["end", "model"]
 )
@@ -202,16 +193,3 @@ def test_a_wrong_volume_is_found(monkeypatch):
     findings = flowtrain.check(a_flow(0.05), uniform(8))
     found = {(f.check, f.layer) for f in findings if f.verdict == "bad"}
     assert found == {("log-det", "layers.0"), ("log-det", ""), ("integral", "")}
-
-
-@pytest.mark.run
-def test_commands(tmp_path):
-    run = sets(data__name="sphere", data__count=600, data__test_count=300, model__name="sphere")
-    run += sets(model__layers=1, train__num_steps=2, train__sample_every=2)
-    quick("train", *run, "--run-dir", "r", cwd=tmp_path).ok()
-    (picture,) = (tmp_path / "r" / "samples").iterdir()
-    assert Image.open(picture).size[0] > 600
-    result = json.loads(quick("evaluate", "r", "--json", "-", cwd=tmp_path).ok().out)
-    assert result["bits_per_dim"] is None and abs(result["nats_per_image"] + UNIFORM) < 1
-    quick("interpolate", "r", "--out", "i.png", cwd=tmp_path).ok()
-    assert min(Image.open(tmp_path / "i.png").size) > 500

@@ -36,16 +36,6 @@ def some(name, scale, dtype=torch.float64, shape=(8, 3, 40), seed=0):
     return transform, scale * torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
-@pytest.mark.run  # takes long
-@every
-def test_gradients_of_both_directions(name):
-    transform, parameters = some(name, 1, shape=(1, 2, 5))
-    x = 2 * torch.randn(1, 2, 5, generator=seeded(3), dtype=torch.float64)
-    inputs = x.requires_grad_(), parameters.requires_grad_()
-    assert torch.autograd.gradcheck(transform.forward, inputs)
-    assert torch.autograd.gradcheck(transform.inverse, inputs)
-
-
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_round_trip_and_bounds_with_extreme_parameters(name, dtype):

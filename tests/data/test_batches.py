@@ -5,11 +5,11 @@ import itertools
 import threading
 import time
 
+import dataset_helpers as made
 import numpy as np
 import pytest
 import torch
 from helpers import CPU, a_config, npz, seeded
-from PIL import Image
 
 from flowtrain.data.batches import Batches, ReadAhead, augment
 from flowtrain.data.splits import DataSet
@@ -57,20 +57,6 @@ def test_every_image_once_an_epoch_by_seed(numbered):
     assert len(large) == 50 and counts.min() >= 2 and counts.max() <= 3
 
 
-@pytest.mark.parametrize("start", [1, 4, 9])
-@pytest.mark.parametrize("options", [{}, {"flip": True}, *({"workers": n} for n in (0, 2))])
-def test_resumable_from_any_step(numbered, start, options):
-    """By new batches, and by those that have gone further, as after a loss that is not finite."""
-    options |= {"max_in_memory": 0} if "workers" in options else {}
-    section = {**numbered, "shift": 2, **options}
-    source = batches(section)
-    every = first(source, start + 4)
-    for again in (batches(section), source):
-        for a, b in zip(every[start:], first(again, 4, start), strict=True):
-            assert torch.equal(a, b)
-        again.close()
-
-
 @pytest.mark.parametrize("batch_size, count", [(6, 20), (50, 50), (3000, 1024)])
 def test_the_images_for_initialization(numbered, batch_size, count):
     """As many as a step has, but not so few that they say little, nor more than help."""
@@ -109,32 +95,25 @@ def test_a_batch_is_divided_among_the_processes(as_process, tmp_path, streamed):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("form", ["memory", "memory map", "parts"])
-def test_streaming_changes_nothing(tmp_path, monkeypatch, form, workers):
+@pytest.mark.parametrize(
+    "make, kind", [(made.an_npz, np.ndarray), (made.a_folder, np.memmap), (made.shards, Mapped)]
+)
+def test_streaming_or_resuming_changes_nothing(tmp_path, monkeypatch, make, kind, workers):
+    """From any step, by new batches, and by those that have gone further, as after a loss that is
+    not finite.
+    """
     monkeypatch.setenv("FLOWTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("flowtrain.datasets.npz.MAPPED", 0)
-    x = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), "u1")
-    np.savez_compressed(tmp_path / "a.npz", x_train=x)
     options = {"validation": 4, "shift": 1, "flip": True, "n_bits": 6}
-    section = {"name": "npz", "path": str(tmp_path / "a.npz"), **options}
-    resident = batches(section)
-    home = tmp_path / "images"
-    home.mkdir()
-    for number, image in enumerate(x):
-        Image.fromarray(image).save(home / f"{number:02}.png")
-    for number, part in enumerate(np.split(x, [9, 10])):
-        np.save(home / f"x_train-{number}.npy", part)
-    section |= {
-        "memory": {"max_in_memory": 0},
-        "memory map": {"name": "folder", "path": str(home), "size": 8},
-        "parts": {"path": str(home)},
-    }[form]
-    kind = {"memory": np.ndarray, "memory map": np.memmap, "parts": Mapped}[form]
+    resident = batches({**made.an_npz(tmp_path, monkeypatch), **options})
+    (tmp_path / "data").mkdir()
+    options |= {"max_in_memory": 0, "workers": workers}
+    section = {**make(tmp_path / "data", monkeypatch), **options}
     before = set(threading.enumerate())
-    with contextlib.closing(batches({**section, "workers": workers})) as streamed:
+    with contextlib.closing(batches(section)) as streamed:
         assert type(streamed.source.pixels) is kind and streamed.streams and not resident.streams
-        for a, b in zip(first(resident, 8, 2), first(streamed, 8, 2), strict=True):
-            assert torch.equal(a, b)
+        every = first(resident, 10)
+        for source, start in ((streamed, 2), (streamed, 1), (resident, 1)):
+            assert all(map(torch.equal, first(source, 8, start), every[start:]))
         assert len(set(threading.enumerate()) - before) == workers
 
 

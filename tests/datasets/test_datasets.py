@@ -57,17 +57,13 @@ def test_described_before_anything_is_read(name, tmp_path):
 def test_digits(tmp_path):
     from sklearn.datasets import load_digits
 
-    parts = {part: build("digits", tmp_path, part) for part in COUNTS}
-    assert (parts["train"].shape, parts["train"].num_bins, parts["train"].flip) == (
-        (1, 8, 8),
-        17,
-        0,
-    )
-    both = np.concatenate([check(parts["train"], 1617), check(parts["test"], 180)])
+    train, test = (build("digits", tmp_path, part) for part in COUNTS)
+    assert (train.shape, train.num_bins, train.flip) == ((1, 8, 8), 17, False)
+    both = np.concatenate([check(train, 1617), check(test, 180)])
     every = load_digits()
-    rows = np.concatenate([part.rows() for part in parts.values()])
+    rows = np.concatenate([train.rows(), test.rows()])
     assert np.array_equal(both[:, 0], every.images[rows]) and sorted(rows) == list(range(1797))
-    assert np.array_equal(parts["train"].labels(), every.target)
+    assert np.array_equal(train.labels(), every.target)
     assert not np.array_equal(build("digits", tmp_path, "test", seed=1).rows(), rows[1617:])
 
 
@@ -215,6 +211,7 @@ ARROW = ["test/data-00000-of-00001.arrow", "test/dataset_info.json", "test/state
     "form, file, damage, message",
     [
         ("npz", "a.npz", Path.unlink, "data.path: .*a.npz: there is no such file"),
+        ("mapped npz", "a.npz", corrupt, r"a\.npz: x_train is damaged .*CRC"),
         ("shards", "x_train-11.npy", cut, r"x_train-11.npy is damaged: it has \d+ bytes"),
         ("hub", "test", shutil.rmtree, "data.test_split: .*|data.path: .* cannot be loaded"),
         *[("hub", name, damage, "data.path: .* cannot be loaded")

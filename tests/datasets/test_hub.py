@@ -1,6 +1,7 @@
 """Data sets in the format of the package `datasets`, made on disk by that package."""
 
 import logging
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -72,22 +73,18 @@ def test_a_repository_is_loaded_without_its_code(monkeypatch, path):
     """Parts of the same files have caches of their own. Images may be files of their own, as for a
     repository of image files.
     """
-    calls, load, rows = [], datasets.load_dataset, datasets.load_from_disk(path)["train"]
+    load, rows = datasets.load_dataset, datasets.load_from_disk(path)["train"]
     parts = {"train[:50%]": range(11), "train[50%:]": range(11, 22)}
-
-    def load_dataset(*args, split, **options):
-        calls.append((args, split, options))
-        return rows.select(parts[split])
-
+    load_dataset = mock.Mock(side_effect=lambda *name, split, **_: rows.select(parts[split]))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     splits = dict(zip(("train_split", "test_split"), parts, strict=True))
     for part, (name, chosen) in zip(("train", "test"), parts.items(), strict=True):
+        load_dataset.reset_mock()
         images = hub(part, repository="some/images", subset="small", revision="abc", **splits)
-        assert not calls  # nothing is loaded before it is read
+        assert not load_dataset.called  # nothing is loaded before it is read
         assert np.array_equal(images.read(), PIXELS["train"][list(chosen)])
         options = {"revision": "abc", "keep_in_memory": False}
-        assert calls == [(("some/images", "small"), name, options)]
-        calls.clear()
+        load_dataset.assert_called_once_with("some/images", "small", split=name, **options)
 
     folder = path.parent / "files"
     folder.mkdir()

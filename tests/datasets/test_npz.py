@@ -116,22 +116,6 @@ def test_a_folder_of_arrays_that_do_not_fit(tmp_path, name, array, message):
         build("train", path=tmp_path).labels()
 
 
-def test_damage(tmp_path, monkeypatch):
-    """A changed byte is found when the pixels are read, all else before."""
-    monkeypatch.setattr(npz, "MAPPED", 0)
-    path, buffer = tmp_path / "a.npz", io.BytesIO()
-    np.savez(path, x_train=noise(50, 8, 8, 3))
-    corrupt(path)
-    images = build("train", path=path)
-    with pytest.raises(UserError, match=r"a\.npz: x_train is damaged .*CRC"):
-        images.read()
-    np.save(buffer, GOOD)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x_train.npy", buffer.getvalue()[:-10])
-    with pytest.raises(UserError, match=r"a\.npz: x_train is damaged: it has 1718 bytes"):
-        build("train", path=path)
-
-
 @pytest.mark.parametrize("size", [10**11, 10**14])
 def test_a_header_that_claims_more_than_the_memory(tmp_path, size, monkeypatch):
     path = tmp_path / "a.npz"

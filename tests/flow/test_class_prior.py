@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from catalogue import TINY, sets
-from cli_helpers import quick
+from catalogue import TINY
 from helpers import CPU, a_config, images, npz, perturb, seeded, tiny_flow
 from torch.distributions import Normal
 
@@ -135,18 +134,13 @@ def test_guided_samples_are_by_the_extrapolated_parameters(model):
     assert torch.equal(flow.decode(z, labels, guidance=0.0), plain) and not torch.equal(x, plain)
 
 
-def labelled(path, **options):
-    """Images whose class is in their first pixel."""
-    section = npz(path, train=50, test=20, validation=10, **options)
-    arrays = dict(np.load(path))
-    arrays |= {f"y_{part}": arrays[f"x_{part}"][:, :1, 0, 0] % 3 for part in ("train", "test")}
-    np.savez(path, **arrays)
-    return section
-
-
 @pytest.mark.parametrize("streamed", [{}, {"max_in_memory": 0, "workers": 1}])
 def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
-    section = labelled(tmp_path / "a.npz")
+    """The class of an image is in its first pixel."""
+    section = npz(tmp_path / "a.npz", train=50, test=20, validation=10)
+    arrays = dict(np.load(section["path"]))
+    arrays |= {f"y_{part}": arrays[f"x_{part}"][:, :1, 0, 0] % 3 for part in ("train", "test")}
+    np.savez(section["path"], **arrays)
     config = a_config({"name": "glow", "classes": 3, **TINY["glow"]}, data={**section, **streamed})
     data = DataSet(config.data)
     for group in (None, distributed.Group(None, 1, 2)):
@@ -161,8 +155,8 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
         assert len(split) == count
         assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long())
     assert Batches(data, a_config("glow", data=section), 7, CPU).at(0)[1] is None
-    with np.load(tmp_path / "a.npz") as arrays:  # without a test split of their own
-        np.savez(tmp_path / "b.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
+    # without a test split of their own
+    np.savez(tmp_path / "b.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
     split = DataSet(config.data.model_copy(update={"path": tmp_path / "b.npz"})).split("test")
     assert torch.equal(split.labels, (split.take(slice(None))[:, 0, 0, 0] % 3).long())
 
@@ -173,15 +167,3 @@ def test_bounds_by_class_are_those_of_the_draws():
     assert scores.draws_by_class.shape == (2, 3, 9)
     torch.testing.assert_close(scores.draws, scores.draws_by_class.logsumexp(dim=1) - math.log(3))
     torch.testing.assert_close(scores.base + scores.log_det, scores.draws[0])
-
-
-@pytest.mark.run
-def test_resuming_notices_other_labels(tmp_path):
-    section = labelled(tmp_path / "a.npz")
-    options = sets(data__name="npz", data__path="a.npz", data__validation=10, model__levels=1)
-    options += sets(model__classes=4, model__steps=1, model__width=4, train__batch_size=8)
-    quick("train", *options, *sets(train__num_steps=2), "--run-dir", "r", cwd=tmp_path).ok()
-    arrays = dict(np.load(section["path"]))
-    np.savez(tmp_path / "a.npz", **{**arrays, "y_train": (arrays["y_train"] + 1) % 4})
-    command = ["train", *options, *sets(train__num_steps=4), "--run-dir", "s"]
-    quick(*command, "--resume", "r", cwd=tmp_path).failed(2, "not the images that", "labels")

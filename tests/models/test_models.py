@@ -91,12 +91,7 @@ def test_the_size_is_that_of_the_paper(build, shape, options, expected):
         (glow, (1, 8, 8), "width=[3,4]", "model.width: [3, 4] has 2 numbers, for 3 levels"),
         (realnvp, (1, 28, 28), "levels=4", "twice (28 -> 14 -> 7); levels: 4 needs a multiple"),
         (realnvp, (1, 1, 1), "", "couplings need at least two values per example"),
-        (
-            causal,
-            (1, 4, 6),
-            "num_bins=9 orders=8",
-            "model.orders: 8 has transposed images, and the",
-        ),
+        (causal, (1, 4, 6), "num_bins=9 orders=8", "model.orders: 8 has transposed images, and"),
         (causal, (1, 4, 9), "num_bins=9 downsample=2", "model.downsample: 2 needs at least 3 rows"),
         (sphere, (2, 1, 1), "", "sphere is for points of the unit sphere, 3x1x1; got 2x1x1"),
         (torus, (1, 4, 4), "", "model.name: torus is for angles, Cx1x1; got 1x4x4"),

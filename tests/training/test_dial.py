@@ -18,15 +18,13 @@ PERIODS = ("log_every", "validate_every", "checkpoint_every", "sample_every")
 
 @pytest.fixture
 def pace(monkeypatch):
-    """Sets the seconds of a step, and the largest batch that fits."""
+    """Sets the seconds of a step."""
 
-    def steps_take(seconds, largest=2**20, precision="bf16"):
+    def steps_take(seconds, precision="bf16"):
         def measured(config, data, device, divides):
-            train, slow = config.train, config.train.precision != precision
-            batch = min(train.batch_size, largest) if divides else train.batch_size
-            parts = train.accumulate * -(-train.batch_size // batch) if batch else 0
-            time = seconds * (1 + slow)
-            return dial.Step(train.precision, batch, parts, time) if batch else None
+            train = config.train
+            time = seconds * (1 + (train.precision != precision))
+            return dial.Step(train.precision, train.batch_size, train.accumulate, time)
 
         monkeypatch.setattr(dial, "_measured", measured)
 
@@ -103,18 +101,21 @@ def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_pat
     assert (train.budget, train.warmup_steps) == (1800, 9)  # of 90 steps
 
 
-def test_a_batch_is_divided_until_it_fits(tmp_path, pace):
-    data = tmp_path / "x.npz"
-    npz(data, 800, shape=(32, 32, 3))
-    pace(0.25, largest=8)
-    train = choose(data).train
+def test_a_batch_is_divided_unless_it_is_given(tmp_path, monkeypatch):
+    npz(tmp_path / "x.npz", 20)
+    asked, found = [], dial.Step("fp32", 8, 4, 0.25)
+    monkeypatch.setattr(dial, "_measured", lambda *given: asked.append(given[3]) or found)
+    train = choose(tmp_path / "x.npz").train
     assert (train.batch_size, train.accumulate) == (8, 4)
-    for given, expected in (("batch_size=128", (128, 1)), ("accumulate=3", (32, 3))):
-        train = choose(data, settings=[f"train.{given}"]).train
-        assert (train.batch_size, train.accumulate) == expected
-    pace(0.25, largest=0)
-    with pytest.raises(UserError, match="a step of one image does not fit"):
-        choose(data)
+    found = None
+    for setting, step in (
+        ("train.batch_size=128", "the batch given"),
+        ("train.accumulate=3", "the batch given"),
+        ("train.lr=1", "one image"),
+    ):
+        with pytest.raises(UserError, match=f"a step of {step} does not fit"):
+            choose(tmp_path / "x.npz", settings=[setting])
+    assert asked == [True, False, False, True]
 
 
 def test_the_measured_step_fits_into_the_memory(tmp_path, monkeypatch):

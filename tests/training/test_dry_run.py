@@ -14,7 +14,6 @@ from flowtrain.bijections.memory import Mode
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
-from flowtrain.flow.flow import initialize
 from flowtrain.flow.passes import watch_modules
 from flowtrain.nets.convolution import Conv2d
 from flowtrain.system import capacity
@@ -28,8 +27,10 @@ MARGIN = 0.05  # of the memory of a batch, from smaller ones
 
 
 def small(*overrides):
+    """A new run of a tiny model."""
     config = load_config(find_config("glow_digits.yaml"), [*SMALL[1::2], *overrides])
-    return config, build_flow(config, (1, 8, 8), 17)
+    flow = ready(build_flow(config, (1, 8, 8), 17))
+    return State(config, flow, build_optimizers(flow, config.train), None, {})
 
 
 @pytest.mark.run
@@ -37,8 +38,7 @@ def small(*overrides):
 def test_operations(conditioner):
     """Against the sizes of the layers; a step is about three times the likelihood of its images."""
     words = (f"model.conditioner={conditioner}", "model.width=32", "train.memory=reversible")
-    config, flow = small(*words)
-    initialize(flow, torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.rand(2, 1, 8, 8))
+    state = small(*words)
     operations = {True: 0, False: 0}  # of conditioners, of 1x1 convolutions
 
     def count(name, module, outputs):
@@ -48,12 +48,12 @@ def test_operations(conditioner):
             operations[False] += 2 * module.mixing_matrix().numel() * outputs[0][0, 0].numel()
 
     pixel = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    watch_modules(flow, pixel, torch.rand(1, 1, 8, 8), count)
+    watch_modules(state.flow, pixel, torch.rand(1, 1, 8, 8), count)
     total = sum(operations.values())
-    found = dry_run(config, CPU).compute
+    found = dry_run(state.config, CPU).compute
     assert found.image_flops == pytest.approx(total, rel=0.02)
     assert found.conditioners == pytest.approx(operations[True] / total, abs=0.02)
-    of_images = found.image_flops * config.train.batch_size
+    of_images = found.image_flops * state.config.train.batch_size
     assert found.step_flops == pytest.approx(3 * of_images, rel=0.15)
 
 
@@ -88,11 +88,11 @@ def test_a_step_computes_the_class_of_each_image_alone():
 @pytest.mark.run
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_the_memory_of_optimizer_and_copy(optimizer):
-    config, flow = small("model.width=64", f"train.optimizer={optimizer}")
-    count = sum(p.numel() for p in flow.parameters())
+    state = small("model.width=64", f"train.optimizer={optimizer}")
+    count = sum(p.numel() for p in state.flow.parameters())
     # The weights, their gradients, their average, and two averages of Adam, of which Muon has one.
-    numbers = 5 * count - (sum(p.numel() for p in matrices(flow)) if optimizer == "muon" else 0)
-    memory = dry_run(config, CPU).memory
+    of_muon = sum(p.numel() for p in matrices(state.flow)) if optimizer == "muon" else 0
+    numbers, memory = 5 * count - of_muon, dry_run(state.config, CPU).memory
     assert memory.fixed_bytes == pytest.approx(4 * numbers, rel=1e-3)
     assert memory.copy_bytes == pytest.approx(4 * (numbers - count), rel=0.05)  # no gradients
 
@@ -102,9 +102,8 @@ def test_the_memory_of_optimizer_and_copy(optimizer):
 def test_the_memory_of_a_step(mode):
     """From a few images, of a model whose gradients are larger than those."""
     words = ("model.steps=4", "model.width=128", "train.batch_size=512", f"train.memory={mode}")
-    config, flow = small(*words)
-    said = {each.mode: each.needed_bytes for each in dry_run(config, CPU).memory.modes}[mode]
-    state = State(config, ready(flow), build_optimizers(flow, config.train), None, {})
+    state = small(*words)
+    said = {each.mode: each.needed_bytes for each in dry_run(state.config, CPU).memory.modes}[mode]
     x = images(512, (1, 8, 8), 17)
     train_step(state, x)  # creates what later steps reuse
     state.zero_grad()
@@ -145,8 +144,7 @@ def test_the_memory_of_many_images_follows_from_few(name):
 @pytest.mark.run
 def test_only_peaks_are_known(monkeypatch):
     """As on a GPU: the number of images doubles until it decides."""
-    config, flow = small("model.width=64")
-    state = State(config, ready(flow), [], None, {})
+    state = small("model.width=64")
     monkeypatch.setattr(module, "moments", lambda *run: [capacity.peak(*run)])
     growth = module._growth(state, "reversible", 4, CPU, free=2**40)
     (found,) = module._moments_of_a_step(state, "reversible", 512, CPU)
@@ -170,11 +168,11 @@ def test_the_largest_batch():
 @pytest.mark.run
 def test_a_batch_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(module, "left", lambda device: 3 * 2**20)
-    cost = dry_run(small("train.batch_size=4096")[0], CPU)
+    cost = dry_run(small("train.batch_size=4096").config, CPU)
     assert cost.memory.available_bytes == 3 * 2**20 and cost.step_seconds is None
     (few,) = [each.largest_batch for each in cost.memory.modes if each.mode == "store"]
     assert 1 <= few < 4096
-    assert dry_run(small(f"train.batch_size={few}")[0], CPU).step_seconds > 0
+    assert dry_run(small(f"train.batch_size={few}").config, CPU).step_seconds > 0
 
 
 @compiles

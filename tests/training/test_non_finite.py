@@ -1,14 +1,18 @@
 """Losses, gradients and weights that are not finite."""
 
+import itertools
 import json
 import math
+import os
 import re
+import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from catalogue import SHORT, TINY_RUN
+from catalogue import TINY_RUN
 from cli_helpers import last, metrics, quick, summary
 from helpers import a_config
 
@@ -87,83 +91,55 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     assert_finite(last(tmp_path))
 
 
-ONCE = """
-import torch
-from flowtrain.bijections import DiagonalAffine, Flatten, Sequential
-from flowtrain.bijections.base import Bijection
+def spoil(monkeypatch, number, before=lambda: None):
+    """The loss of one step, counted from 1, is not finite. `before` is called before each step."""
+    steps, real = itertools.count(1), loop.train_step
 
-class Once(Bijection):
-    calls = 0
+    def train_step(*args):
+        before()
+        loss, grad_norm = real(*args)
+        factor = torch.nan if next(steps) == number else 1.0
+        return loss * factor, grad_norm * factor
 
-    def forward(self, x, context=None):
-        self.calls += torch.is_grad_enabled()
-        bad = self.calls == 8 and torch.is_grad_enabled()
-        return x * (torch.nan if bad else 1.0), x.new_zeros(len(x))
-
-    def inverse(self, z, context=None):
-        return z, z.new_zeros(len(z))
-
-def build(shape):
-    return Sequential(Flatten(shape), Once(), DiagonalAffine((64,)))
-"""
+    monkeypatch.setattr(loop, "train_step", train_step)
 
 
-def once(folder, *words, **options):
-    """A short run of a model whose eighth step is not finite."""
-    (folder / "mine").mkdir()
-    (folder / "mine" / "once.py").write_text(ONCE)
-    steady = ["train.log_every=1", "train.warmup_steps=0", "train.schedule=constant"]
-    command = ["train", "model.name=mine.once", *SHORT, *steady, *words, "--run-dir", "r"]
-    return quick(*command, cwd=folder, **options).ok()
+def test_a_moment_of_too_high_a_rate_is_survived(tmp_path, monkeypatch, capsys):
+    """After the first event, half the rate is enough. Training goes back to the best checkpoint,
+    the newest one, which is still being written.
+    """
+    fsync, steps = os.fsync, []
 
+    def slowly(handle):
+        if threading.current_thread() is not threading.main_thread() and len(steps) in (7, 8):
+            time.sleep(0.5)
+        fsync(handle)
 
-def test_a_moment_of_too_high_a_rate_is_survived(tmp_path):
-    """After the first event, half the rate is enough. The best checkpoint is the newest one."""
-    done = once(tmp_path, "train.validate_every=1")
-    assert "step 7: loss nan" in done.out
-    back = int(re.search(r"back to step (\d+), with the learning rate times 0.5", done.out)[1])
-    rows = [row for row in metrics(tmp_path / "r") if row["split"] == "train"]
+    monkeypatch.setattr(os, "fsync", slowly)
+    spoil(monkeypatch, 8, lambda: steps.append(1))
+    train(tmp_path, num_steps=20, batch_size=32, lr=2e-3, validate_every=1)
+    out = capsys.readouterr().out
+    assert "step 7: loss nan" in out
+    back = int(re.search(r"back to step (\d+), with the learning rate times 0.5", out)[1])
+    rows = [row for row in metrics(tmp_path) if row["split"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert [row["lr"] for row in rows] == [2e-3] * back + [1e-3] * (20 - back)
-    assert summary(tmp_path / "r")["non_finite_steps"] == len(evidence_of(tmp_path / "r")) == 1
-    lines = map(str.split, done.out.splitlines())
-    best = {int(words[1][:-1]): float(words[3]) for words in lines if words[-1] == "(best)"}
+    assert summary(tmp_path)["non_finite_steps"] == len(evidence_of(tmp_path)) == 1
+    lines = map(str.split, out.splitlines())
+    best = {int(words[1][:-1]): float(words[3]) for words in lines if words[-1:] == ["(best)"]}
     assert [*best.values()] == sorted(best.values(), reverse=True) and len(best) > 7
     assert back == max(step for step in best if step <= 7)  # its row in the metrics stays
 
 
-SLOW = """
-import os, threading, time
-fsync = os.fsync
-def slowly(handle):
-    if threading.current_thread() is not threading.main_thread():
-        time.sleep(0.2)
-    fsync(handle)
-os.fsync = slowly
-"""
-
-
-def test_it_rolls_back_to_a_checkpoint_that_is_still_being_written(tmp_path):
-    done = once(tmp_path, "train.validate_every=100", first=SLOW)
-    assert "step 7: loss nan" in done.out and "back to step 5, with" in done.out
-
-
 def test_the_speed_is_that_of_training_without_the_rollback(tmp_path, monkeypatch):
     """A step takes a second, and the search for the layer a thousand. Each loss shown is finite."""
-    now, calls, shown = [0.0], [], []
+    now, shown = [0.0], []
 
-    def train_step(*args):
-        now[0] += 1
-        loss, grad_norm = real(*args)
-        calls.append(loss)
-        return (loss * torch.nan, grad_norm * torch.nan) if len(calls) == 2 else (loss, grad_norm)
+    def take(seconds):
+        now[0] += seconds
 
-    def search(*args):
-        now[0] += 1000
-
-    real = loop.train_step
-    monkeypatch.setattr(loop, "train_step", train_step)
-    monkeypatch.setattr(loop, "first_non_finite", search)
+    spoil(monkeypatch, 2, lambda: take(1))
+    monkeypatch.setattr(loop, "first_non_finite", lambda *args: take(1000))
     monkeypatch.setattr(loop.reporting, "show", lambda state, loss, *others: shown.append(loss))
     monkeypatch.setattr(stop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     train(tmp_path, batch_size=8, log_every=2)
