@@ -10,6 +10,7 @@ are found by its path: `flowtrain/a/b.py` has those in `tests/a/test_b.py`, then
 
 import argparse
 import contextlib
+import itertools
 import os
 import queue
 import re
@@ -50,16 +51,12 @@ class Mutant(NamedTuple):
 
 
 def table() -> list[Mutant]:
-    mutants: list[Mutant] = []
-    part = snippet = ""
-    for line in TABLE.read_text(encoding="utf-8").splitlines():
-        mark, text = line[:2], line[2:]
-        if mark == "# ":
-            part = text
-        elif mark == "- ":
-            snippet = text
-        elif mark == "+ ":
-            mutants.append(Mutant(len(mutants) + 1, part, snippet, text))
+    part, mutants = "", list[Mutant]()
+    for line, following in itertools.pairwise(TABLE.read_text(encoding="utf-8").splitlines()):
+        if line.startswith("# "):
+            part = line[2:]
+        elif line.startswith("- "):
+            mutants.append(Mutant(len(mutants) + 1, part, line[2:], following[2:]))
     return mutants
 
 

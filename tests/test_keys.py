@@ -256,12 +256,6 @@ def test_every_key_has_an_effect(key, outcome):
             assert outcome(one)["loss"] != outcome(other)["loss"]
 
 
-def test_the_tables_name_keys():
-    scopes = {*component_names(Data), *component_names(Model)}
-    assert SETTINGS.keys() <= FIELDS.keys() | scopes
-    assert VALUES.keys() | PARTS.keys() | SPECIAL | {key for key, _ in LEFT_OUT} <= FIELDS.keys()
-
-
 @pytest.mark.parametrize("layer", [{}, {**NPZ, "dequantization": {"name": "variational"}}])
 def test_nothing_changed_nothing_differs(layer, outcome, here):
     values = merged(BASE, layer)

@@ -59,21 +59,11 @@ def correlated_gaussians(count: int, seed: int) -> tuple[np.ndarray, float]:
     return images, nats / math.log(2)
 
 
-@pytest.mark.parametrize(
-    ("config", "margin", "overrides"),
-    [
-        ("glow_digits.yaml", 0.1, ["train.batch_size=128"]),
-        ("realnvp_digits.yaml", None, ["dequantization.transform=center"]),
-        ("nice_digits.yaml", None, []),
-    ],
-)
-def test_known_entropy(tmp_path, config, margin, overrides):
+def test_known_entropy(tmp_path):
     x_train, entropy = correlated_gaussians(20_000, seed=1)
     x_test, _ = correlated_gaussians(5_000, seed=2)
     np.savez(tmp_path / "gaussians.npz", x_train=x_train, x_test=x_test)
     data = ["data.name=npz", f"data.path={tmp_path / 'gaussians.npz'}"]
-    result = trained(tmp_path, config, *data, *overrides)
+    result = trained(tmp_path, "glow_digits.yaml", *data, "train.batch_size=128")
     # Never below the entropy: the mean over test images of a bound, less four standard errors.
-    assert result.bits_per_dim > entropy - 4 * result.bits_per_dim_stderr
-    if margin is not None:
-        assert result.bits_per_dim < entropy + margin
+    assert entropy - 4 * result.bits_per_dim_stderr < result.bits_per_dim < entropy + 0.1

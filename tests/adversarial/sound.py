@@ -1,6 +1,6 @@
 """The sound files that `fuzz.py` damages. They are the same each time."""
 
-import json
+import re
 import shutil
 from pathlib import Path
 
@@ -83,12 +83,9 @@ def _timeless(run: Path) -> None:
         meta = {**saved.meta, "progress": {**saved.meta["progress"], "seconds": 1.0}}
         path.unlink()
         checkpoint_format.write(path, meta, saved.tensors)
-    summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps({**summary, "seconds": 1.0}, indent=2) + "\n")
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    clock = {"seconds": 1.0, "images_per_second": 100.0}
-    lines = [json.dumps({key: clock.get(key, row[key]) for key in row}) + "\n" for row in rows]
-    (run / "metrics.jsonl").write_text("".join(lines))
+    for path in (run / "summary.json", run / "metrics.jsonl"):
+        text = re.sub(r'("(seconds|images_per_second)": )[^,}\n]+', r"\g<1>1.0", path.read_text())
+        path.write_text(text)
 
 
 def _pictures(folder: Path, draw: np.random.Generator) -> None:

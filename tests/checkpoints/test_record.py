@@ -29,6 +29,7 @@ BROKEN = [
     ("metrics.jsonl", f"{json.dumps(ROWS[0])}\n{{\n", "a/metrics.jsonl, line 2: broken"),
     ("metrics.jsonl", f"{json.dumps(ROWS[0] | {'images': 10**400})}\n", "images is too large"),
     ("metrics.jsonl", "[1]\n", "a/metrics.jsonl, line 1: broken"),
+    ("metrics.jsonl", "[" * 100_000 + "\n", "a/metrics.jsonl, line 1: broken"),
     ("metrics.jsonl", b"\xff\xfe\n", "a/metrics.jsonl: cannot be read"),
     ("evaluate-test.json", "{}", "a/evaluate-test.json: bound: Field required"),
     *(
@@ -39,7 +40,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("name, content, message", BROKEN)
+@pytest.mark.parametrize("name, content, message", BROKEN, ids=lambda text: ascii(text)[:40])
 def test_a_broken_file_is_named(name, content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = a_run(Path("a")) / name

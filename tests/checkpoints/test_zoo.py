@@ -69,20 +69,15 @@ def test_a_card_is_true(name):
 
 @every_model
 @pytest.mark.slow
-def test_a_figure_is_that_of_the_model(name):
+def test_a_figure_is_that_of_the_model_and_doctor_finds_no_fault(name):
     """Of all test images. Processors differ in rounding, by less than the last digit."""
     card, model = zoo.card_of(name), load_model(name, CPU)
-    found = evaluate(model, data_of(model), "test")[0]
+    data = data_of(model)
+    found = evaluate(model, data, "test")[0]
     assert (found.num_images, found.unit) == (card.images, card.unit)
     assert found.loss == pytest.approx(card.loss, abs=5e-4)
     assert found.loss_stderr == pytest.approx(card.error, abs=5e-4)
-
-
-@every_model
-@pytest.mark.slow
-def test_doctor_finds_no_fault(name):
-    model = load_model(name, CPU)
-    assert overall(examine(model, data_of(model), num_images=16)) != "bad"
+    assert overall(examine(model, data, num_images=16)) != "bad"
 
 
 @pytest.mark.run

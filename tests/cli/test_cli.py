@@ -13,7 +13,7 @@ import torch
 import typer
 import yaml
 from catalogue import SHORT, SMALL, TINY_RUN, WORDS, sets
-from cli_helpers import copy_of, events, last, metrics, quick, result, start, summary, trained, tree
+from cli_helpers import events, flowtrain, last, metrics, quick, summary, trained, tree
 from helpers import SHARED, npz, shared
 from PIL import Image
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -67,7 +67,7 @@ def cells(picture, rows, columns, shape=(8, 8), channels=1):
 def test_version(command, tmp_path):
     if not Path(command[0]).exists():
         pytest.skip("flowtrain is not installed as a script here")
-    done = result(start("--version", cwd=tmp_path, command=command)).ok()
+    done = flowtrain("--version", cwd=tmp_path, command=command).ok()
     assert done.out.split() == ["flowtrain", package.__version__]
 
 
@@ -149,17 +149,9 @@ def test_files_of_a_run(name):
 
 
 def test_tensorboard():
+    """`test_loggers.py` compares its scalars with the metrics."""
     run = trained()["glow"]
     seen = events(run)
-    keys = {
-        "train": ["bits_per_dim", "lr", "grad_norm", "images_per_second"],
-        "validation": ["bits_per_dim"],
-    }
-    for split, key in [(name, key) for name in keys for key in keys[name]]:
-        logged = [(r["step"], r[key]) for r in metrics(run) if r["split"] == split]
-        scalars = seen.Scalars(f"{split}/{key}")
-        assert [s.step for s in scalars] == [step for step, _ in logged]
-        assert [s.value for s in scalars] == pytest.approx([value for _, value in logged])
     pictures = seen.Images("samples")
     assert [p.step for p in pictures] == [10, 20]
     drawn = Image.open(run / "samples" / "step-00000020.png")
@@ -245,14 +237,9 @@ def test_evaluate_prints_a_table_and_writes_json(run, tmp_path):
     headline, *table = done.out[done.out.index(f"{value:.3f}") :].splitlines()
     assert headline == f"{value:.3f} +- {error:.3f} bits/dim (180 test images)"
     assert "likelihood" in "".join(table) and "None" not in done.out
-    expected = {"bound": "elbo", "draws": 1, "num_images": 180, "dims": 64, "levels": 17}
-    expected |= {"split": "test", "dataset": "digits", "weights": "ema", "non_finite_images": 0}
-    expected |= {"step": summary(run)["best_step"]}
-    assert {key: written[key] for key in expected} == expected
-    assert 3 < value == pytest.approx(written["nats_per_image"] / (64 * math.log(2)))
-    assert 0 < written["max_reconstruction_error"] < 0.01
+    assert (written["weights"], written["step"]) == ("ema", summary(run)["best_step"])
+    assert value > 3 and 0 < written["max_reconstruction_error"] < 0.01
     rows = list(csv.DictReader((tmp_path / "new" / "scores.csv").open()))
-    assert list(rows[0]) == ["index", "bits_per_dim", "log_prob", "log_prob_base", "log_det"]
     assert np.mean([float(row["bits_per_dim"]) for row in rows]) == pytest.approx(value, abs=1e-12)
     done = quick("evaluate", "--draws", 2, cwd=tmp_path).ok()
     assert "wrote runs/glow_digits/evaluate-2-draws-test.json" in done.out
@@ -272,7 +259,8 @@ def test_options_of_evaluate(run, tmp_path):
     expected, _ = evaluate(model, digits(), "train", **options)
     words = ["--num-images", 10, "--draws", 2, "--seed", 1, "--batch-size", 7, "--weights", "raw"]
     found = evaluated(*words, "--split", "train", cwd=tmp_path)
-    assert found == {**expected.content(), "checkpoint": found["checkpoint"]}
+    best = "runs/glow_digits/checkpoints/best.safetensors"
+    assert found == {**expected.content(), "checkpoint": best}
     assert (found["bound"], found["draws"], found["num_images"]) == ("iwbo", 2, 10)
     # The images and the noise that training saw, and data that have moved.
     validation = evaluated("--split", "validation", *sets(data__root="elsewhere"), cwd=tmp_path)
@@ -358,18 +346,6 @@ def test_a_mistake_in_a_model_of_ones_own(code, said, text, tmp_path):
     done.failed(code, said.format(file=file))
 
 
-def test_the_newest_run_is_the_default(run, tmp_path):
-    other = copy_of(trained()["nice"], tmp_path / "runs" / "a_later_one")
-    few = ["--num-images", 2]
-    last(other).touch()
-    assert evaluated(*few, cwd=tmp_path)["checkpoint"].startswith("runs/a_later_one/")
-    last(run).touch()
-    checkpoints = "runs/glow_digits/checkpoints"
-    assert evaluated(*few, cwd=tmp_path)["checkpoint"] == f"{checkpoints}/best.safetensors"
-    (run / "checkpoints" / "best.safetensors").unlink()
-    assert evaluated(*few, cwd=tmp_path)["checkpoint"] == f"{checkpoints}/last.safetensors"
-
-
 # --- sample ---------------------------------------------------------------------------------------
 
 
@@ -391,6 +367,8 @@ def test_samples_depend_on_the_seed_alone(run, tmp_path):
     values = drawn(*two, cwd=tmp_path)
     assert np.array_equal(values["images"][3:], many[:3]) and values["seed"] == 0
     assert values["temperature"].tolist() == [0.5] * 3 + [1.0] * 3
+    quick("sample", *two, "--out", "two.png", cwd=tmp_path).ok()
+    assert Image.open(tmp_path / "two.png").size == (824, 2 * (grid.LINE + 276))  # with titles
     quick("sample", "--num-images", 1, "--out", "new/one.png", cwd=tmp_path).ok()
     assert Image.open(tmp_path / "new" / "one.png").size == (32, 32)  # without a frame
 
@@ -399,17 +377,6 @@ def test_samples_depend_on_the_seed_alone(run, tmp_path):
 def test_grids_of_any_number(args, rows, columns, run, tmp_path):
     assert "runs/glow_digits/sample.png" in quick("sample", *args, cwd=tmp_path).ok().out
     cells(Image.open(run / "sample.png"), rows, columns)
-
-
-def test_each_temperature_has_a_row(run, tmp_path):
-    """The first is the mode of the base, three times."""
-    words = ["--num-images", 3, "--temperature", 0, "--temperature", 0.7]
-    quick("sample", *words, cwd=tmp_path).ok()
-    pixels = np.asarray(Image.open(run / "sample.png"))[grid.LINE :, :, 0]
-    assert pixels.shape == (276 + grid.LINE + 276, 824)  # 3 images of 8x8, enlarged 34 times
-    for top, equal in ((2, True), (278 + grid.LINE, False)):
-        one, two = (pixels[top : top + 272, left : left + 272] for left in (2, 276))
-        assert np.array_equal(one, two) == equal
 
 
 def test_stages_are_a_row_for_each_image_and_each_sample(run, tmp_path):
