@@ -10,6 +10,7 @@ from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config, headline
 from flowtrain.config import load_config
+from flowtrain.training.dial_rules import FEW, LEAST_STEPS, PASSES, PASSES_OF_FEW
 
 
 def page(name):
@@ -78,6 +79,14 @@ def test_figures_of_configurations():
         assert is_rounded(float(figure), stated or "0"), (
             f"{name}.yaml states {stated}, not {figure}"
         )
+
+
+def test_the_rules_of_few_images():
+    text = page("docs/howto/own_images.md")
+    found = re.search(r"Below ([\d,]+) values \((\d+) colour images of 32x32 pixels\)", text)
+    assert [int(each.replace(",", "")) for each in found.groups()] == [FEW, FEW // 3072]
+    passes = f"then {PASSES_OF_FEW}, and otherwise {PASSES}, but {LEAST_STEPS:,} steps"
+    assert passes in " ".join(text.split())
 
 
 def test_kills():
