@@ -10,7 +10,7 @@ from flowtrain.checkpoints import zoo
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.cli.configs import find_config, headline
 from flowtrain.config import load_config
-from flowtrain.system.console import figure
+from flowtrain.system import console
 from flowtrain.training.dial_rules import FEW, LEAST_STEPS, PASSES, PASSES_OF_FEW
 
 
@@ -72,7 +72,7 @@ def test_a_name_has_the_figure_of_its_trained_model():
         config = card.command.removeprefix("flowtrain train --config ")
         row = re.search(rf"^\| `{config}\.yaml` \|.*", MEASURED, re.MULTILINE)
         if card.unit == "bits/dim":  # others are not in the table
-            assert row and f"| {figure(card.loss, card.error)}" in row[0], f"{name}: {row}, {card}"
+            assert row and f"| {console.figure(card.loss, card.error)}" in row[0], f"{name}: {row}"
 
 
 def test_figures_of_configurations():
