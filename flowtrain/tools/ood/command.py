@@ -292,6 +292,8 @@ def _print_verdicts(comparison: "Comparison") -> None:
         f"above {comparison.threshold:.4g}, by {len(reference.log_prob):,} "
         f"{reference.collection.split} examples."
     )
+    if reference.collection.split == "train":
+        console.print("The model has seen these, so p-values are too small: hold out some images.")
     for scored in comparison.compared:
         outliers, p, names = comparison.outliers(scored), comparison.p_values(scored), []
         share, low, high = rate(outliers)

@@ -196,10 +196,15 @@ def notes(results: Sequence[Result], records: Sequence[Record]) -> Iterator[str]
             yield f"{own.run} differs from {first_name} in {_listed(changed, settings)}"
     for title in titles(results):
         tests = [own.tests[title] for own in results if title in own.tests]
-        measured = sorted({(test.dataset, test.bound, test.num_images) for test in tests})
+        measured = sorted({(x.dataset, x.bound, x.num_images, x.weights) for x in tests})
+        listed = ", ".join(
+            f"{count:,} images of {data}: {bound}, {weights} weights"
+            for data, bound, count, weights in measured
+        )
         if len(measured) > len({test.dataset for test in tests}):
-            unlike = [f"{count} images of {data}: {bound}" for data, bound, count in measured]
-            yield f"the {title} figures were not measured alike ({', '.join(unlike)})"
+            yield f"the {title} figures were not measured alike ({listed})"
+        elif measured:
+            yield f"the {title} figures are of {listed}"
     sampling = [{test.sampling for test in own.tests.values()} for own in results]
     for own, ways in zip(results, sampling, strict=True):
         if "sequential" in ways and set.union(*sampling) != {"sequential"}:

@@ -137,6 +137,10 @@ def test_the_command(tmp_path):
     # The same in another order of words, without pictures or verdicts.
     quick("ood", "run", "data.split_seed=0", "photos", "--json", "o.json", cwd=tmp_path).ok()
     assert "verdict" not in json.loads((tmp_path / "o.json").read_text())
+    seen = "The model has seen these, so p-values are too small"
+    words = ["ood", "run", "photos", "--num-images", 50, "--false-positives", "5%"]
+    assert seen in quick(*words, "data.validation=0", cwd=tmp_path).ok().out
+    assert seen not in done.out
 
 
 def test_the_names_of_heat_maps_differ():

@@ -153,6 +153,7 @@ def with_test(**changes):
         (with_test(dataset="mnist"), "b: its test figure is of other data than its own (mnist)"),
         (with_test(step=2), "of step 2, its best checkpoint of step 4: flowtrain evaluate b"),
         (with_test(bound="exact"), "test figures were not measured alike (180 images of digits: e"),
+        (with_test(weights="raw"), "180 images of digits: elbo, ema weights, 180 images of digits"),
         (with_test(bound="iwbo", draws=8), "b has no test figure of one draw: flowtrain evalua"),
         (with_test(num_images=10), "10 images of digits"),
         (with_test(sampling="sequential"), "b samples one entry after the other"),
@@ -169,4 +170,5 @@ def test_places_of_data_and_times_of_outputs_are_no_differences(here):
     a_run(here / "a")
     train = {"log_every": 3, "keep_checkpoints": 2}
     a_run(here / "b", data={"root": "/elsewhere", "workers": 1}, train=train)
-    assert compared("a", "b")[1] == []
+    measured = "the test figures are of 180 images of digits: elbo, ema weights"
+    assert compared("a", "b")[1] == [measured]
