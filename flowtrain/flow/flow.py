@@ -15,6 +15,7 @@ from flowtrain.bijections.execution import FUSED, Initializing
 from flowtrain.bijections.inverses import MatchingInverse
 from flowtrain.bijections.orders import order_context, turn_each, turned
 from flowtrain.bijections.ordinal import discrete_model
+from flowtrain.bijections.precision import full_precision
 from flowtrain.bijections.sphere import of_angles
 from flowtrain.bijections.spline import whole_turns
 from flowtrain.errors import UserError
@@ -301,7 +302,8 @@ class Flow(nn.Module):
         x = self._checked(x)
         v = self.dequantizer.middle(x, self.dtype)
         conditioning = self.conditioning(len(x), context=self.context_of(x))
-        return self.bijection.run(executor or MatchingInverse(), "forward", v, conditioning)[0]
+        with full_precision(v):  # the autocast of a caller would make it inexact
+            return self.bijection.run(executor or MatchingInverse(), "forward", v, conditioning)[0]
 
     @torch.no_grad()
     def decode(
@@ -340,9 +342,10 @@ class Flow(nn.Module):
         if context is not None and sides is not None:
             context = turn_each(context.clone(), sides)
         conditioning = self.conditioning(len(z), labels, context, guidance, sides)
-        v, _ = self.bijection.run(executor, "inverse", z, conditioning)
-        if denoise:
-            v = self.denoised(v, labels, context)
+        with full_precision(z):
+            v, _ = self.bijection.run(executor, "inverse", z, conditioning)
+            if denoise:
+                v = self.denoised(v, labels, context)
         x = self.dequantizer.to_data(v).contiguous()
         return x if sides is None else turn_each(x, sides, back=True)
 

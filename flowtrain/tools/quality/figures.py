@@ -105,6 +105,8 @@ def quality(
     images: Batch, reference: Batch | Statistics, features: str | None, device: torch.device
 ) -> Quality:
     """See `flowtrain.quality`."""
+    if not len(images):
+        raise UserError("the figures are of images, and there are none")
     first = images[0]
     if isinstance(first, Tensor):
         first = first.cpu()

@@ -131,6 +131,7 @@ def test_images_in_any_form_and_statistics():
     for wrong, message in (
         ((x[:64], y), "mnist-cnn needs more images than the 64 features, and there are 64"),
         ((x, y / 255), "uint8 images"),
+        (([], y), "there are none"),
         ((x, Statistics(np.zeros(2), np.eye(2))), "the reference has 2 features"),
         ((x, y, "cifar-cnn"), "cifar-cnn are of images of shape .3, 32, 32., not .1, 28, 28."),
         ((x, y, "vgg"), "features vgg: expected inception, mnist-cnn, cifar-cnn"),
