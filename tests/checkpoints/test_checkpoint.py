@@ -401,6 +401,8 @@ def test_loading(tmp_path):
         load_model(str(tmp_path / "b.safetensors"), CPU, "ema")
     with pytest.raises(UserError, match="--weights both"):
         load_model(str(tmp_path / "b.safetensors"), CPU, "both")
+    write(tmp_path / "c.safetensors", state.meta(), state.flow.double().state_dict(prefix="model."))
+    assert flowtrain.load(tmp_path / "c.safetensors").dtype == torch.float64
 
 
 def test_the_hash_of_a_model_depends_on_its_preprocessing():
