@@ -4,6 +4,8 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from flowtrain.flow.flow import Flow as Flow
     from flowtrain.flow.inputs import Batch
     from flowtrain.foreign.contract import Foreign as Foreign
@@ -27,7 +29,7 @@ def __getattr__(name: str) -> object:
 
 def load(
     model: str | os.PathLike[str],
-    device: str = "auto",
+    device: "str | torch.device" = "auto",
     weights: str | None = None,
     trust_code: bool = False,
     mirror: bool = False,
@@ -38,6 +40,7 @@ def load(
         model: a checkpoint, a run directory (its best checkpoint, else its last), a trained model
             of `flowtrain list`, or `hf://user/name` on the Hugging Face Hub.
         device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps`.
+            For CUDA it turns off TF32 in cuDNN, in the whole process, as likelihoods need float32.
         weights: `ema` or `raw`; by default the averaged weights if the run kept them.
         trust_code: allow a checkpoint to name a module of your own (dotted), which is then
             imported.
@@ -52,7 +55,7 @@ def load(
     from flowtrain.checkpoints.load import load_model
     from flowtrain.system import device as devices
 
-    loaded = load_model(os.fspath(model), devices.resolve(device), weights, trust_code, mirror)
+    loaded = load_model(os.fspath(model), devices.resolve(str(device)), weights, trust_code, mirror)
     return loaded.flow
 
 
@@ -80,7 +83,7 @@ def quality(
     images: "Batch",
     reference: "Batch | Statistics",
     features: str | None = None,
-    device: str = "auto",
+    device: "str | torch.device" = "auto",
 ) -> "Quality":
     """The figures of `flowtrain quality`: FID, KID, precision, recall, density and coverage.
 
@@ -99,4 +102,4 @@ def quality(
     from flowtrain.system import device as devices
     from flowtrain.tools.quality import figures
 
-    return figures.quality(images, reference, features, devices.resolve(device))
+    return figures.quality(images, reference, features, devices.resolve(str(device)))

@@ -1,8 +1,10 @@
 """The configuration: accepted values, `KEY=VALUE`, and messages."""
 
 import copy
+import importlib
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -268,6 +270,9 @@ def test_a_dotted_name_is_a_users_own_module(tmp_path, monkeypatch):
         parsed(["model.name=my_flows.small"])
     with pytest.raises(UserError, match=r"model\.depth: .*got 'x'"):
         parsed(["model.name=my_flows.small", "model.depth=x"])
+    written(tmp_path / "my_flows" / "small.py", f"{own}\n# edited\n".replace("depth", "height"))
+    importlib.reload(sys.modules["my_flows.small"])  # as notebooks do
+    assert parsed(["model.name=my_flows.small", "model.height=3"]).model.options()["height"] == 3
 
 
 def test_the_schema_has_every_key_with_a_description():

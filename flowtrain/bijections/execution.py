@@ -6,11 +6,13 @@ or recomputes layers passes another one to `Flow.forward` or `Bijection.run`.
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.fused import fuse
+from flowtrain.errors import UserError
 
 # Calls a layer in a direction on an input and a context, as `call` does.
 Call = Callable[[Bijection, Direction, Tensor, Context | None], tuple[Tensor, Tensor]]
@@ -68,7 +70,13 @@ class Initializing(LayerByLayer):
     ) -> tuple[Tensor, Tensor]:
         if direction == "forward":
             layer.initialize(x, context)
-        return call(layer, direction, x, context)
+        result, log_det = call(layer, direction, x, context)
+        if torch.as_tensor(log_det).shape not in ((), (len(x),)):  # would be broadcast to (B, B)
+            raise UserError(
+                f"{type(layer).__name__}: its log-determinants have shape {tuple(log_det.shape)}, "
+                f"expected ({len(x)},)"
+            )
+        return result, log_det
 
 
 class Container(Bijection):

@@ -5,7 +5,8 @@ halves of a coupling are contiguous. Conditioners run in bf16 under autocast, an
 are fastest with the channels last in memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +72,17 @@ def _cast(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
 def full_precision(x: Tensor) -> torch.autocast:
     """Turns autocast off on the device of `x`: low precision would cost likelihood."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors whose type is not named get this one meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def has_float64(x: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowtrain import config as configuration
+from flowtrain.bijections.precision import default_dtype
 from flowtrain.checkpoints import hub, zoo
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.format import SUFFIX, Checkpoint, read_by_main
@@ -204,13 +205,16 @@ def load_model(
     assert checkpoint is not None
     meta = checkpoint.meta
     config = configuration.parse(meta["config"], str(checkpoint.path), trust_code)
-    # A model gets no memory if its tensors are not those in the file.
-    flow = build_flow(
-        config,
-        meta["shape"],
-        meta["levels"],
-        check=lambda sizes: _require_weights(sizes, checkpoint, weights),
-    )
+    found = {t.dtype for t in checkpoint.part("model").values() if t.is_floating_point()}
+    # The type is that in the file, whatever the default of the caller. A model gets no memory if
+    # its tensors are not those in the file.
+    with default_dtype(torch.float64 if found == {torch.float64} else torch.float32):
+        flow = build_flow(
+            config,
+            meta["shape"],
+            meta["levels"],
+            check=lambda sizes: _require_weights(sizes, checkpoint, weights),
+        )
     flow.sides = _sides(flow, config) if mirror else 1
     chosen = load_weights(flow, checkpoint, weights)
     return LoadedModel(flow.to(device).eval().requires_grad_(False), config, chosen, checkpoint)

@@ -102,7 +102,6 @@ def component_name(base: type[Component], values: Mapping[str, Any]) -> str:
     return str(section.get("name", default) if isinstance(section, Mapping) else default)
 
 
-@functools.cache
 def component_schema(base: type[Component], name: str) -> type[Component]:
     """The keys of `base` and the options of the named module's `build` as one pydantic model."""
     build = component(base, name).build
@@ -117,6 +116,7 @@ def component_schema(base: type[Component], name: str) -> type[Component]:
         ) from error
 
 
+@functools.cache  # by `build`, which a reloaded module of the user replaces
 def _schema_of(base: type[Component], name: str, build: Callable[..., Any]) -> type[Component]:
     described = _described_arguments(build)
     hints = typing.get_type_hints(build, include_extras=True)

@@ -102,6 +102,12 @@ class DataSet:
             options = {"seed": config.split_seed, **config.options()}
             self.train_images = build(config.root, "train", **options)
             self.test_images = build(config.root, "test", **options)
+        for images in (self.train_images, self.test_images):
+            if not isinstance(images, Images):
+                raise UserError(
+                    f"data.name: `build` of {config.name} returned a {type(images).__name__}, "
+                    f"expected Images"
+                )
         self.shape = self.train_images.shape
         if self.test_images.shape != self.shape:
             raise UserError(

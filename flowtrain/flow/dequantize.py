@@ -32,7 +32,8 @@ def draw_noise(
     With a CPU generator, an image's noise depends neither on the model's device nor on batch size.
     """
     where = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=where).to(device)
+    noise = torch.rand(shape, generator=generator, dtype=torch.float32, device=where)
+    return noise.to(device)
 
 
 def _require_finite(v: Tensor) -> None:

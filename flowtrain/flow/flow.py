@@ -15,6 +15,7 @@ from flowtrain.bijections.execution import FUSED, Initializing
 from flowtrain.bijections.inverses import MatchingInverse
 from flowtrain.bijections.orders import order_context, turn_each, turned
 from flowtrain.bijections.ordinal import discrete_model
+from flowtrain.bijections.precision import full_precision
 from flowtrain.bijections.sphere import of_angles
 from flowtrain.bijections.spline import whole_turns
 from flowtrain.errors import UserError
@@ -301,7 +302,8 @@ class Flow(nn.Module):
         x = self._checked(x)
         v = self.dequantizer.middle(x, self.dtype)
         conditioning = self.conditioning(len(x), context=self.context_of(x))
-        return self.bijection.run(executor or MatchingInverse(), "forward", v, conditioning)[0]
+        with full_precision(v):  # the autocast of a caller would make it inexact
+            return self.bijection.run(executor or MatchingInverse(), "forward", v, conditioning)[0]
 
     @torch.no_grad()
     def decode(
@@ -340,9 +342,10 @@ class Flow(nn.Module):
         if context is not None and sides is not None:
             context = turn_each(context.clone(), sides)
         conditioning = self.conditioning(len(z), labels, context, guidance, sides)
-        v, _ = self.bijection.run(executor, "inverse", z, conditioning)
-        if denoise:
-            v = self.denoised(v, labels, context)
+        with full_precision(z):
+            v, _ = self.bijection.run(executor, "inverse", z, conditioning)
+            if denoise:
+                v = self.denoised(v, labels, context)
         x = self.dequantizer.to_data(v).contiguous()
         return x if sides is None else turn_each(x, sides, back=True)
 
@@ -359,8 +362,8 @@ class Flow(nn.Module):
         sigma = self.dequantizer.sigma
         if sigma is None:
             raise ValueError(f"denoise: {NO_SIGMA}")
-        with torch.enable_grad():
-            v = v.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            v = v.detach().clone().requires_grad_()  # a tensor of inference mode takes no gradient
             log_prob = self._log_prob_of(v, v.new_zeros(len(v)), labels, context).total
             (score,) = torch.autograd.grad(log_prob.sum(), v)
         return v.detach() + sigma**2 * score
@@ -404,7 +407,7 @@ class Flow(nn.Module):
     def draw_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """`n` standard normal latents, `(n, D)`, of which the first do not depend on `n`."""
         where = self.device if generator is None else generator.device
-        rows = torch.empty(n, self.latent_dims, device=where)
+        rows = torch.empty(n, self.latent_dims, dtype=torch.float32, device=where)
         for i in range(n):
             rows[i].normal_(generator=generator)
         return rows.to(self.device, self.dtype)
@@ -421,7 +424,10 @@ class Flow(nn.Module):
         return self.class_prior.latents_of_classes(noise.to(self.device), labels)
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
-        """The latents `(B, D)` as one tensor `(B, C, H, W)` for each level, the finest first."""
+        """The latents `(B, D)` as one tensor `(B, C, H, W)` for each level, the finest first.
+
+        A model of vectors has one level, `(B, D)`.
+        """
         return self.bijection.split_latents(z)
 
     def classes_in_turn(self, n: int) -> Tensor | None:

@@ -79,8 +79,9 @@ class ImageContext:
                 f"{'none' if context is None else tuple(context.shape)}; context_of(x) is that of "
                 f"images"
             )
-        low, high = context.min().item(), context.max().item()
-        if context.is_floating_point() or low < 0 or high >= self.num_bins:
+        low, high = map(int, context.long().aminmax())  # torch has no extremes of uint16
+        no_integers = context.is_floating_point() or context.dtype == torch.bool
+        if no_integers or low < 0 or high >= self.num_bins:
             raise ValueError(f"expected a context of integers in 0..{self.num_bins - 1}")
         return context
 

@@ -39,7 +39,8 @@ def as_tensor(batch: Batch, shape: Shape, num_bins: int | None) -> Tensor:
             batch = batch.transpose(0, 3, 1, 2)
         elif batch.shape[1:] == tuple(size) and channels == 1:
             batch = batch[:, None]
-        batch = torch.from_numpy(np.ascontiguousarray(batch))
+        # Torch warns of arrays that it could write to but must not, such as mapped ones.
+        batch = torch.from_numpy(np.require(batch, requirements=["C", "W"]))
     if tuple(batch.shape[1:]) != shape or batch.ndim != 4 or not len(batch):
         raise ValueError(
             f"expected images of shape (B, {', '.join(map(str, shape))}), got {tuple(batch.shape)}"

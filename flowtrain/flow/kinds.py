@@ -70,6 +70,8 @@ class QuantizedImages:
         """The fault of stored values, for messages, or None."""
         if self.num_bins < 256 and int(values.max()) >= self.num_bins:
             return f"a value of {int(values.max())}, expected 0..{self.num_bins - 1}"
+        if values.dtype != np.uint8:
+            return f"values of type {values.dtype}, expected uint8"
         return None
 
     def random(self, shape: tuple[int, ...], randomness: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from flowtrain.bijections.base import Bijection, Direction, Executor
 from flowtrain.bijections.context import Context
 from flowtrain.bijections.execution import FUSED, Container, Fused
+from flowtrain.bijections.precision import default_dtype
 from flowtrain.errors import RunError, UserError, raised
 from flowtrain.flow.dequantize import EDGE, Dequantizer, RealValued
 from flowtrain.flow.flow import Flow
@@ -42,17 +43,13 @@ class Source:
         """Tensors that the foreign code makes get the type of its input: `torch.zeros(n)`, say.
         Raises `RunError` for any error of this code.
         """
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
         try:
-            with seeded(self.seed):
+            with default_dtype(dtype), seeded(self.seed):
                 yield
         except (UserError, RunError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # foreign code may raise anything
             raise RunError(_words(self.flow, error)) from error
-        finally:
-            torch.set_default_dtype(before)
 
     @property
     def adapted(self) -> Adapted:

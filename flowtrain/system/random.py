@@ -41,7 +41,8 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     before = np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         try:

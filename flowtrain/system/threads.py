@@ -15,11 +15,14 @@ LOOK_SECONDS = 0.1  # for which the cores are watched
 def one_thread() -> Iterator[int]:
     """Lets torch use one thread meanwhile. Gives the number of threads that it had."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    # A thread of Python that begins meanwhile has 1 too, and must not restore that for all others.
+    if threads > 1:
+        torch.set_num_threads(1)
     try:
         yield threads
     finally:
-        torch.set_num_threads(threads)
+        if threads > 1:
+            torch.set_num_threads(threads)
 
 
 def use_free_cores() -> str | None:

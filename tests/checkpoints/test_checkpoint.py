@@ -17,9 +17,10 @@ import torch
 from catalogue import TINY
 from coding_helpers import loaded as in_memory
 from dataset_helpers import Evil
-from helpers import CPU, a_config, images, perturb, tiny_flow
+from helpers import CPU, a_config, images, perturb, seeded, tiny_flow
 
 import flowtrain
+from flowtrain.bijections.precision import default_dtype
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.description import Progress
 from flowtrain.checkpoints.format import read, write
@@ -378,6 +379,13 @@ def test_loading(tmp_path):
         assert found == ("logit", 0.01, 256)
     with pytest.raises(AssertionError):
         assert_equal(state.flow.state_dict(), state.ema_flow.state_dict())
+    x = images(2, SHAPE)
+    with default_dtype(torch.float64):
+        flow = flowtrain.load(path, CPU)
+        found = flow.log_prob(x, seeded()), flow.draw_latents(2, seeded())
+    assert_equal(flow.state_dict(), state.ema_flow.state_dict())
+    assert torch.equal(found[0], flow.log_prob(x, seeded()))
+    assert torch.equal(found[1], flow.draw_latents(2, seeded()))
     for asked, expected in ((None, state.ema_flow), ("ema", state.ema_flow), ("raw", state.flow)):
         loaded = load_model(str(path), CPU, asked)
         assert loaded.weights == (asked or "ema")
@@ -388,6 +396,8 @@ def test_loading(tmp_path):
         load_model(str(tmp_path / "b.safetensors"), CPU, "ema")
     with pytest.raises(UserError, match="--weights both"):
         load_model(str(tmp_path / "b.safetensors"), CPU, "both")
+    write(tmp_path / "c.safetensors", state.meta(), state.flow.double().state_dict(prefix="model."))
+    assert flowtrain.load(tmp_path / "c.safetensors").dtype == torch.float64
 
 
 def test_the_hash_of_a_model_depends_on_its_preprocessing():

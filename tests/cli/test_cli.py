@@ -325,6 +325,18 @@ def build(shape):
 """
 
 
+BROADCAST = """
+from flowtrain.bijections import ActNorm, Flatten, Sequential
+
+class Column(Flatten):
+    def forward(self, x, context=None):
+        return x.flatten(1), x.new_zeros(len(x), 1)
+
+def build(shape):
+    return Sequential(ActNorm(shape), Column(shape))
+"""
+
+
 @pytest.mark.parametrize(
     "code, said, text",
     [
@@ -335,6 +347,7 @@ def build(shape):
         (2, "`build` of own.wrong returned a NoneType", "def build(shape): pass"),
         (2, "a Flatten, expected", "from flowtrain.bijections import Flatten as build"),
         (2, ", 8), not (", LOSES_ENTRIES),
+        (2, "Column: its log-determinants have shape (2, 1), expected (2,)", BROADCAST),
         (1, "KeyError: 'gone' ({file}, line 2)", "def build(shape):\n    raise KeyError('gone')"),
     ],
 )

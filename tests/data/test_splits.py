@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import a_config, npz
 
-from flowtrain import config as configuration
 from flowtrain.data.splits import DataSet, Split, labels_for
 from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
@@ -143,7 +142,13 @@ def test_labels_that_do_not_fit():
         ("(1, 4, 4), 10", "np.full((5, 1, 4, 4), 10, 'u1')", "a value of 10, expected 0..9"),
         ("(1, 4, 4), 256", "np.zeros((5, 1, 4, 5), 'u1')", r"5 im.* \(1, 4, 5\), expected \(1, 4"),
         ("(1, 4, 4), 256", "np.zeros((0, 1, 4, 4), 'u1')", "0 images"),
+        (
+            "(1, 4, 4), 256",
+            "np.zeros((5, 1, 4, 4), 'f4')",
+            "values of type float32, expected uint8",
+        ),
         ("(1, 4 + (split == 'test'), 4), 256", "None", "test images have shape"),
+        ("(1, 4, 4), 256", "None) and (None", "of users_own.images returned a NoneType"),
     ],
 )
 def test_a_data_set_that_breaks_its_promise(tmp_path, monkeypatch, images, read, message):
@@ -155,6 +160,5 @@ def test_a_data_set_that_breaks_its_promise(tmp_path, monkeypatch, images, read,
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.startswith("users_own")]:
         monkeypatch.delitem(sys.modules, name)
-    configuration.component_schema.cache_clear()
     with pytest.raises(UserError, match=message):
         data_set({"name": "users_own.images"}).split("train")

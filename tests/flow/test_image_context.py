@@ -131,6 +131,8 @@ def test_samples_are_of_their_context(model):
         (None, "got none"),
         (images(1, (3, 4, 4)), r"of shape \(2, 3, 4, 4\), got \(1, 3, 4, 4\)"),
         (images(2, (3, 4, 4)).float(), "integers in 0..16"),
+        (images(2, (3, 4, 4)).bool(), "integers in 0..16"),
+        ((images(2, (3, 4, 4), 2) + 17).to(torch.uint16), "integers in 0..16"),
         (images(2, (3, 4, 4), 17) + 1, "integers in 0..16"),
         (images(2, (3, 4, 4), 17).int() - 1, "integers in 0..16"),
     ],

@@ -15,7 +15,10 @@ RGB, GREY = (3, 4, 6), (1, 4, 6)
 def test_an_array_in_any_usual_order(shape):
     x = images(5, shape, 256)
     assert as_tensor(x, shape, 256) is x
-    usual = [x.numpy(), list(x.numpy()), x.permute(0, 2, 3, 1).numpy()]
+    constant = x.clone().numpy()
+    constant.flags.writeable = False
+    assert not np.shares_memory(as_tensor(constant, shape, 256), constant)
+    usual = [x.numpy(), list(x.numpy()), x.permute(0, 2, 3, 1).numpy(), constant]
     if shape == GREY:
         usual += [x[:, 0].numpy(), list(x[:, 0].numpy())]
     for given in usual:

@@ -41,7 +41,7 @@ def test_scores_of_images_are_in_the_unit():
 
 
 def test_faults():
-    assert kind_of(17).fault(np.array([16])) is None
+    assert kind_of(17).fault(np.array([16], np.uint8)) is None
     assert kind_of(17).fault(np.array([0, 17])) == "a value of 17, expected 0..16"
     assert POINTS.fault(np.array([1e9])) is None
     assert POINTS.fault(np.array([0, np.nan])) == "a value that is not finite"

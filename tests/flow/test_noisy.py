@@ -58,6 +58,9 @@ def test_denoising_under_a_gaussian_is_its_posterior_mean():
     assert (found - v).abs().max() > 0.1 and not found.requires_grad
     with torch.no_grad():
         assert torch.equal(gaussian().eval().requires_grad_(False).denoised(v), found)
+    flow = gaussian()
+    with torch.inference_mode():
+        assert torch.equal(flow.denoised(v.clone()), found)
 
 
 def test_denoising_given_a_class_uses_the_density_of_the_class():

@@ -1,5 +1,7 @@
 """How many threads a command uses."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -47,6 +49,16 @@ def test_the_number_of_threads_of_a_user_and_of_a_run(machine, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     threads.as_before(1)
     assert threads.use_free_cores() is None and torch.get_num_threads() == 4
+
+
+def test_a_thread_that_begins_meanwhile_leaves_the_number_to_others():
+    torch.set_num_threads(4)
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as later:
+        with threads.one_thread():
+            inner = threads.one_thread()
+            pool.submit(inner.__enter__).result()
+        pool.submit(inner.__exit__, None, None, None).result()
+        assert later.submit(torch.get_num_threads).result() == 4
 
 
 def test_free_cores_of_this_machine():

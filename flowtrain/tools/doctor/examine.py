@@ -171,10 +171,16 @@ def extreme_images(shape: Shape, num_bins: int) -> Tensor:
     return (images * (num_bins - 1)).to(torch.uint8)
 
 
+@torch.inference_mode(False)  # there are no Jacobians in inference mode
 def check(
     flow: Flow | Foreign, x: Batch, seed: int = 0, train: Batch | None = None
 ) -> list[Finding]:
     """All findings about a copy of a flow on images `x`. See `flowtrain.check`."""
+    if not isinstance(flow, Flow | Foreign):
+        raise UserError(
+            f"{type(flow).__name__}: expected a flow of flowtrain, or flowtrain.Foreign(flow, "
+            f"shape=..., num_bins=...)"
+        )
     flow = ForeignModel(copied(flow)) if isinstance(flow, Foreign) else copy.deepcopy(flow)
     images = as_tensor(x, flow.shape, flow.num_bins).cpu()
     seen = None if train is None else as_tensor(train, flow.shape, flow.num_bins).cpu()

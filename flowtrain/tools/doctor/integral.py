@@ -112,7 +112,9 @@ def _integral(flow: Flow, ends: list[tuple[float, float]], side: int) -> float:
         cells = line.to(flow.dtype).reshape(-1, *flow.shape)
     else:
         cells, area = mesh(flow, (*ends[0], *ends[1]), side)
+    randomness = generator(0, Stream.EVALUATION)  # not used by a density, but drawn
     parts = [
-        flow.log_prob(part.to(flow.device)).double().exp().sum() for part in cells.split(BATCH)
+        flow.log_prob(part.to(flow.device), randomness).double().exp().sum()
+        for part in cells.split(BATCH)
     ]
     return float(sum(parts)) * area

@@ -87,7 +87,7 @@ def load(name: str, shape: Shape, device: torch.device) -> Network:
         )
     net = Classifier(SHAPES[name][0])
     net.load_state_dict(safetensors.torch.load_file(FOLDER / f"{name}.safetensors"))
-    return net.eval().to(device).features
+    return net.eval().to(device, torch.float32).features
 
 
 def _inception(fidelity: Any, device: torch.device) -> Network:

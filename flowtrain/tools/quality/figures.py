@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flowtrain.datasets.base import frozen_random
 from flowtrain.errors import UserError
-from flowtrain.flow.inputs import Batch, as_tensor
+from flowtrain.flow.inputs import Batch, as_shown, as_tensor
 from flowtrain.system.arrays import ArrayFile
 from flowtrain.tools.quality.features import features_of, load, name_for, torch_fidelity
 
@@ -104,9 +105,14 @@ def quality(
     images: Batch, reference: Batch | Statistics, features: str | None, device: torch.device
 ) -> Quality:
     """See `flowtrain.quality`."""
+    if not len(images):
+        raise UserError("the figures are of images, and there are none")
     first = images[0]
     if isinstance(first, Tensor):
         first = first.cpu()
+    if isinstance(first, Image.Image):
+        grey = first.mode in ("1", "L", "LA") or first.mode.startswith("I")
+        first = as_shown(first, 1 if grey else 3)
     a, b, c = np.atleast_3d(np.asarray(first)).shape
     shape = (a, b, c) if a in (1, 3) else (c, a, b)
     name = features or name_for(shape)

@@ -471,7 +471,13 @@ def test_a_check_leaves_the_flow_alone():
     )
     of_file["forward"] = eval("lambda x: f(x)", of_file)
     glob = types.SimpleNamespace(forward=of_file["forward"], inverse=of_file["inverse"])
-    _, found, same = (checked(Foreign(flow, (2,))) for flow in (normal, closure, glob))
+    state = torch.get_rng_state()
+    with torch.inference_mode():  # in which there are no Jacobians
+        _, found, same = (checked(Foreign(flow, (2,))) for flow in (normal, closure, glob))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {f.verdict for f in found.values() if f.check == "log-det"} == {"ok"}
+    with pytest.raises(UserError, match=r"Linear: expected a flow .* flowtrain\.Foreign"):
+        flowtrain.check(nn.Linear(2, 2), flows.reals(8))
     assert [(k, v.verdict) for k, v in found.items()] == [(k, v.verdict) for k, v in same.items()]
     assert normal.base_dist.scale.grad_fn is not None and module.training
     assert module.net[0].weight.dtype == torch.float32 and module.net[0].weight.requires_grad

@@ -13,10 +13,12 @@ from cli_helpers import quick
 from coding_helpers import loaded
 from fake_device import device_without_float64
 from helpers import CPU, images, npz, seeded, tiny_flow
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
 import flowtrain
+from flowtrain.bijections.precision import default_dtype
 from flowtrain.errors import UserError
 from flowtrain.pictures.sample import decode, sample
 from flowtrain.system.random import Stream, generator
@@ -114,9 +116,16 @@ def test_images_in_any_form_and_statistics():
         assert flowtrain.quality(x.to(there), y, device="cpu") == expected
     colour = images(70, (3, 32, 32))
     assert flowtrain.quality(colour, colour, device="cpu").features == "cifar-cnn"
+    pictures = [Image.fromarray(image) for image in colour.movedim(1, -1).numpy()]
+    for first in (pictures[0].quantize(256), pictures[0].convert("RGBA")):  # no three channels
+        found = flowtrain.quality([first, *pictures[1:]], colour, device=CPU)
+        assert found.features == "cifar-cnn"
+    with default_dtype(torch.float64):
+        assert flowtrain.quality(x, y, device="cpu") == expected
     for wrong, message in (
         ((x[:64], y), "mnist-cnn needs more images than the 64 features, and there are 64"),
         ((x, y / 255), "uint8 images"),
+        (([], y), "there are none"),
         ((x, Statistics(np.zeros(2), np.eye(2))), "the reference has 2 features"),
         ((x, y, "cifar-cnn"), "cifar-cnn are of images of shape .3, 32, 32., not .1, 28, 28."),
         ((x, y, "vgg"), "features vgg: expected inception, mnist-cnn, cifar-cnn"),
