@@ -337,6 +337,27 @@ def test_the_death_of_one_ends_the_others(victim, world, signum):
     assert checkpoint_format.read(last(Path("r"))).meta["step"] >= 10
 
 
+STUCK = """
+import time
+from flowtrain.errors import RunError
+from flowtrain.system import distributed
+from flowtrain.training import reporting
+
+def validate(*args):
+    if distributed.is_main():
+        time.sleep(600)
+    raise RunError("a failure")
+
+reporting.validate, heartbeat.STORE_SECONDS = validate, 1
+"""
+
+
+def test_the_failure_of_one_ends_who_waits_for_something_else():
+    """As for a GPU, from which no error returns."""
+    words = ["train", *LONG, *sets(train__validate_every=1), "--run-dir", "r"]
+    all_failed(together(2, *words, first=SOON + STUCK), 1, "a failure")
+
+
 SLOW = """
 import time
 from flowtrain.evaluation import score
