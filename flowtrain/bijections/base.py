@@ -133,8 +133,9 @@ class DataDependentInit(Bijection):
             self._known_initialized = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._known_initialized = False
         super()._load_from_state_dict(*args, **kwargs)
+        # Compiled code cannot look it up after a rollback.
+        self._known_initialized = not self.initialized.is_meta and bool(self.initialized)
 
 
 class Transform(nn.Module):

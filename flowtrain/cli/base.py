@@ -373,11 +373,16 @@ def load(
 
 def device_of(name: str) -> "torch.device":
     """The device of `--device`, made ready."""
+    import torch
+
     from flowtrain.system import device as devices
 
     device = devices.resolve(name)
     if device.type == "cpu":
         _prepare_cpu()
+    elif device.index is not None:
+        # New events, streams and graphs are on the current device.
+        torch.get_device_module(device).set_device(device)
     return device
 
 

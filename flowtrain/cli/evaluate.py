@@ -76,7 +76,8 @@ def evaluate(
     console.stderr = json_out == "-"
     loaded = options.load_model(conditional=True, mirror=mirror)
     mention_unused(options.device, loaded.flow.device)
-    data = options.data(loaded, dataset)
+    with distributed.main_process_first():  # it may list a large folder
+        data = options.data(loaded, dataset)
     split_name = split_of(data, split, dataset)
     of = "mirror-" * mirror + f"{draws}-draws-" * (draws > 1)
     of += "" if dataset is None else f"{_file_name(dataset, data.config.name)}-"

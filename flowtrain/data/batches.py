@@ -44,6 +44,13 @@ class Batches:
                 f"data.workers: {config.data.workers} threads hold {ahead:,} batches of "
                 f"{batch_size:,} images, which take",
             )
+        else:
+            capacity.require(
+                nbytes,
+                f"data.max_in_memory: {config.data.max_in_memory:g}, and the {len(self.source):,} "
+                f"images to train on take",
+                device,
+            )
         self.resident = None if self.streams else self.source.take(slice(None)).to(device)
         classes, name = config.model.classes, data.config.name
         self.labels = labels_for(classes, self.source.labels, name) if classes else None

@@ -166,18 +166,14 @@ def _files(folder: Path, split: Part) -> tuple[list[File], bool]:
 
 
 def files_of(folder: Path, part: str, skip: str = "") -> list[File]:
-    """The image files under folder/part, sorted by name in the same way on every machine. One of
-    several processes lists the tree. The cache keeps the list of a large tree for the others and
-    for later starts. All processes have to call this.
+    """The image files under folder/part, sorted by name in the same way on every machine. The
+    cache keeps the list of a large tree.
     """
-    from flowtrain.system import distributed  # imports torch
-
     known = cache.place() / "lists" / cache.key_of(["1", os.fspath(folder), part, skip])
-    with distributed.main_process_first():
-        try:
-            files = _remembered(known, folder) or _listed(known, folder, part, skip)
-        except RecursionError:  # of `os.walk` before Python 3.12
-            raise UserError(f"data.path: {folder / part} has folders too deep to list") from None
+    try:
+        files = _remembered(known, folder) or _listed(known, folder, part, skip)
+    except RecursionError:  # of `os.walk` before Python 3.12
+        raise UserError(f"data.path: {folder / part} has folders too deep to list") from None
     if not files:
         raise UserError(
             f"data.path: there is no image in {folder / part} (looked for {', '.join(SUFFIXES)}, "

@@ -96,8 +96,9 @@ def _of_the_group(cgroup: Path) -> int:
     except (OSError, ValueError):
         return _UNLIMITED
     # The numbers of version 1 are without the groups below, unless they begin with "total".
-    files = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
-    return max(0, limit - used + int(files))
+    names = ("active_file", "inactive_file")
+    files = sum(int(statistics.get(f"total_{x}", statistics.get(x, 0))) for x in names)
+    return max(0, limit - used + files)
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int:

@@ -219,6 +219,7 @@ def gather(part: Tensor, count: int) -> Tensor:
     """Joins the parts of all processes, `(K, len(shard(count)))` on the CPU, to `(K, count)`."""
     if group is None:
         return part
+    barrier()  # torch waits for a slower process only so long
     longest = math.ceil(count / world())
     padded = part.new_zeros(part.shape[0], longest)
     padded[:, : part.shape[1]] = part

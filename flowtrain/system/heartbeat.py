@@ -45,15 +45,17 @@ class Heartbeat:
         for thread in self.threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Sends the last heartbeat: this process is done, and not lost."""
+    def stop(self, done: bool = True) -> None:
+        """Ends the heartbeats. The last one tells the others that this process is done, and not
+        lost. If it has failed, they miss it, because no error reaches one that waits on a GPU.
+        """
         if self.over.is_set():
             return
         self.over.set()
         for thread in self.threads:
             if thread is not threading.current_thread():
                 thread.join(STORE_SECONDS)
-        if not self.threads[0].is_alive():  # else the store does not answer
+        if done and not self.threads[0].is_alive():  # else the store does not answer
             with contextlib.suppress(RuntimeError):
                 self._send(GONE)
 

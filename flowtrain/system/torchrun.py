@@ -227,9 +227,9 @@ def _end_soon(group: Group, message: str, code: int, grace_seconds: float) -> No
     os._exit(code)
 
 
-def _stop_heartbeat(group: Group) -> None:
+def _stop_heartbeat(group: Group, done: bool = True) -> None:
     if group.heartbeat is not None:
-        group.heartbeat.stop()
+        group.heartbeat.stop(done)
 
 
 def _leave(group: Group) -> None:
@@ -269,6 +269,7 @@ def _failed(group: Group, error: BaseException) -> BaseException:
         else:
             _linger(group, ["over/0"], 2 * LINGER_SECONDS)
             group.put("gone")
+    _stop_heartbeat(group, done=False)
     return failure
 
 

@@ -106,13 +106,13 @@ def choose(
     """
     family, where = FAMILIES[purpose], f"DATA {name}"
     keys_given = {each.partition("=")[0].strip() for each in settings}
-    values: Values = {"data": _section(name, "data.size" in keys_given)}
-    configuration.override(values, [each for each in settings if each.startswith("data.")])
-    data = DataSet(configuration.parse(values, where, trust_code=True).data)
-    levels = data.kind.require_bins(
-        f"{where}: these are not images; choose a configuration (--config)"
-    )
-    with distributed.main_process_first():  # it may download
+    with distributed.main_process_first():  # it may list a large folder, and download
+        values: Values = {"data": _section(name, "data.size" in keys_given)}
+        configuration.override(values, [each for each in settings if each.startswith("data.")])
+        data = DataSet(configuration.parse(values, where, trust_code=True).data)
+        levels = data.kind.require_bins(
+            f"{where}: these are not images; choose a configuration (--config)"
+        )
         train = data.split("train")
     (channels, height, width), count = data.shape, len(train) + len(data.split("validation"))
     colours: Colours = "grey" if channels == 1 else "colour"

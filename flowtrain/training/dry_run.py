@@ -135,7 +135,9 @@ def dry_run(config: Config, device: torch.device) -> Cost:
     if elsewhere:
         train = config.train.model_copy(update={"compile": "off", "cuda_graph": False})
         config = config.model_copy(update={"train": train})
-    data, train = DataSet(config.data), config.train
+    with distributed.main_process_first():  # it may list a large folder
+        data = DataSet(config.data)
+    train = config.train
     batch = train.batch_size * train.accumulate
     state = prepared(config, data, device)
 

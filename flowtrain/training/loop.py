@@ -53,7 +53,8 @@ def fit(
     """
     outlive_the_terminal()
     loggers.require(config.train.logger)
-    data = DataSet(config.data)
+    with distributed.main_process_first():  # it may list a large folder
+        data = DataSet(config.data)
     flow = build_flow(config, data.shape, data.num_bins, copies_of_weights(config.train, device))
     require_trainable(flow, config, device)
     with run.locked():

@@ -17,6 +17,9 @@ from flowtrain.flow.flow import Flow
 # the arithmetic in one pass over all parameters, have it for mixed precision
 # (`torch.amp.GradScaler`).
 
+# Devices for whose kernels some versions of torch refuse it, and others ignore it.
+HOST_DECIDES = ("mps",)
+
 
 @torch.no_grad()
 def descend(

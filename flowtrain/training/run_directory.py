@@ -134,9 +134,9 @@ class RunDirectory:
             )
         if new:
             held.callback(self._remove_if_unused)
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk, which the next file reports
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
 
     def _remove_if_unused(self) -> None:
         """Removes the directory of a run that ends before it wrote anything."""

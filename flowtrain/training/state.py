@@ -15,7 +15,7 @@ from flowtrain.config import Config
 from flowtrain.flow.flow import Flow
 from flowtrain.system import distributed
 from flowtrain.training.loss import CudaGraphStep, chosen_loss
-from flowtrain.training.optim import EMA, first_state, parameters_of
+from flowtrain.training.optim import EMA, HOST_DECIDES, first_state, parameters_of
 
 
 @dataclass
@@ -34,6 +34,7 @@ class State:
     compile_seconds: float | None = field(init=False)
     # On the device: 1 from a non-finite step until the rollback. Meanwhile steps change nothing.
     found_inf: Tensor = field(init=False)
+    unless: Tensor | None = field(init=False)  # the same; None for `HOST_DECIDES`
 
     def __post_init__(self) -> None:
         if self.flow.device.type == "cuda":
@@ -45,8 +46,9 @@ class State:
         self.cuda_graph = CudaGraphStep(loss) if train.cuda_graph else None
         self.compile_seconds = None if train.cuda_graph or train.compile != "off" else 0.0
         self.found_inf = torch.zeros((), dtype=torch.float32, device=self.flow.device)
+        self.unless = None if self.flow.device.type in HOST_DECIDES else self.found_inf
         for optimizer in self.optimizers:
-            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+            optimizer.found_inf = self.unless  # type: ignore[attr-defined]
 
     @property
     def ema_flow(self) -> Flow:

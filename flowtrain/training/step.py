@@ -115,9 +115,11 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     """Clips the gradient to the configured norm, moves the weights, and updates their average.
 
     After a non-finite norm, neither this step nor later ones change anything until the state is
-    restored. The host does not wait for the norm.
+    restored. The host does not wait for the norm, except for `HOST_DECIDES`.
     """
     state.found_inf.logical_or_(~torch.isfinite(grad_norm))
+    if state.unless is None and state.found_inf.item():
+        return
     if state.config.train.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(
             state.flow.parameters(), state.config.train.clip_norm, grad_norm
@@ -125,7 +127,7 @@ def optimizer_step(state: State, grad_norm: Tensor) -> None:
     for optimizer in state.optimizers:
         optimizer.step()
     if state.ema is not None:
-        state.ema.update(state.progress.averaged, state.found_inf)
+        state.ema.update(state.progress.averaged, state.unless)
         state.progress.averaged += 1
 
 

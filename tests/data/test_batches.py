@@ -128,6 +128,9 @@ def test_what_fits_is_held_in_memory(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="^data.workers: 3 threads hold 7 batches of 7 images, wh"):
         batches(section, batch_size=7)
     batches({**section, "max_in_memory": 1}, batch_size=7).close()
+    monkeypatch.setattr(capacity, "available", lambda device: 32 * 64 - 1)
+    with pytest.raises(UserError, match="^data.max_in_memory: 1, and the 32 images to train on ta"):
+        batches({**section, "max_in_memory": 1})
 
 
 def test_reading_ahead_is_in_order_and_ends_when_closed():

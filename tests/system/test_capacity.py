@@ -17,7 +17,7 @@ def test_memory_limits_of_control_groups(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "memory.max").write_text(f"{maximum}\n")
         (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files}\n")
+        (folder / "memory.stat").write_text(f"anon 1\nactive_file 9\ninactive_file {files - 9}\n")
 
     own = tmp_path / "cgroup"
     own.write_text("1:name=x:/other\n0::/slurm/job/step\n")
@@ -41,7 +41,9 @@ def test_memory_limits_of_control_groups(tmp_path):
     for folder, maximum in ((old, 2**63 - 4096), (old / "job", 800), (old / "job" / "1", 900)):
         (folder / "memory.limit_in_bytes").write_text(f"{maximum}\n")
         (folder / "memory.usage_in_bytes").write_text("100\n")
-        (folder / "memory.stat").write_text("inactive_file 5\ntotal_inactive_file 30\n")
+        (folder / "memory.stat").write_text(
+            "inactive_file 5\ntotal_active_file 9\ntotal_inactive_file 21\n"
+        )
     groups = capacity._control_groups(mount, own)
     assert groups == [old / "job/1", old / "job", old, mount]
     assert min(map(capacity._of_the_group, groups)) == 730

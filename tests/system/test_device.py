@@ -67,6 +67,13 @@ def test_the_device_of_a_name(machine, there, name, expected):
     assert torch.backends.cudnn.allow_tf32 is not expected.startswith("cuda")
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "xpu:1", "mps"])
+def test_the_device_of_a_command_is_the_current_one(machine, name):
+    chosen = machine(cuda=2, xpu=2, mps=1)
+    assert base.device_of(name) == torch.device(name)
+    assert chosen == [torch.device(name)] * (":" in name)
+
+
 @pytest.mark.parametrize(
     "there, name, message",
     [

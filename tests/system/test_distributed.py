@@ -327,22 +327,48 @@ def test_the_death_of_one_ends_the_others(victim, world, signum):
     assert checkpoint_format.read(last(Path("r"))).meta["step"] >= 10
 
 
-SLOW_SAMPLES = """
+STUCK = """
 import time
+from flowtrain.errors import RunError
+from flowtrain.system import distributed
+from flowtrain.training import reporting
+
+def validate(*args):
+    if distributed.is_main():
+        time.sleep(600)
+    raise RunError("a failure")
+
+reporting.validate, heartbeat.STORE_SECONDS = validate, 1
+"""
+
+
+def test_the_failure_of_one_ends_who_waits_for_something_else():
+    """As for a GPU, from which no error returns."""
+    words = ["train", *LONG, *sets(train__validate_every=1), "--run-dir", "r"]
+    all_failed(together(2, *words, first=SOON + STUCK), 1, "a failure")
+
+
+SLOW = """
+import time
+from flowtrain.evaluation import score
 from flowtrain.system import distributed, torchrun
 from flowtrain.training import reporting
 
 def sample(state, *others):
-    if distributed.is_main() and state.progress.step == 1:
-        time.sleep(4)
+    time.sleep(4 * (distributed.is_main() and state.progress.step == 1))
 
-reporting.sample, torchrun.COLLECTIVE_SECONDS = sample, 3
+def turned(x, side):
+    time.sleep(4 * distributed.is_main())
+    return x
+
+reporting.sample, score.turned, torchrun.COLLECTIVE_SECONDS = sample, turned, 3
 """
 
 
 def test_the_others_wait_for_process_0_as_long_as_it_takes():
+    """For a picture, and for its share of a validation."""
     words = ["train", *LONG, *sets(train__num_steps=2, train__sample_every=1), "--run-dir", "r"]
-    all_ok(2, *words, first=SLOW_SAMPLES)
+    all_ok(2, *words, first=SLOW)
 
 
 def test_torchrun_goes_on_after_the_death_of_one():

@@ -37,13 +37,15 @@ def three(store=None):
 
 
 def test_who_falls_silent_is_lost(clock):
-    """Who is done is not."""
+    """Who is done is not, and who has failed is."""
     a, b, c = three()
     assert pass_time(clock, 5 * TIMEOUT_SECONDS, [a, b, c], a) == []
     assert pass_time(clock, TIMEOUT_SECONDS - INTERVAL_SECONDS, [a, c], a) == []
     assert pass_time(clock, 3 * INTERVAL_SECONDS, [a, c], a) == [1]
     c.stop()
     assert pass_time(clock, 3 * TIMEOUT_SECONDS, [a, b], a) == []
+    b.stop(done=False)
+    assert pass_time(clock, TIMEOUT_SECONDS + 3 * INTERVAL_SECONDS, [a], a) == [1]
     alone = Heartbeat(dist.HashStore(), 0, 3, lambda lost: None)
     assert pass_time(clock, TIMEOUT_SECONDS - INTERVAL_SECONDS, [alone], alone) == []
     assert pass_time(clock, 2 * INTERVAL_SECONDS, [alone], alone) == [1, 2]

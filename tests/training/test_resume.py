@@ -2,6 +2,7 @@
 section 6).
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -336,6 +337,17 @@ def test_changed_images_or_labels_are_noticed(array, key, tmp_path):
     longer = a_config(model, data, {"num_steps": 9})
     with pytest.raises(UserError, match=f"^data: not the images that .*last.safetensors.* {key}"):
         fit(longer, RunDirectory(tmp_path / "r"), CPU, resume.EXTEND)
+
+
+@pytest.mark.parametrize("key, value", [("cuda_graph", True), ("compile", "layers")])
+def test_a_step_is_averaged_in_the_same_way_everywhere(key, value, monkeypatch):
+    def gathered(own):
+        return [own, {**own, "train": {**own["train"], key: value}}]
+
+    monkeypatch.setattr(resume.distributed, "all_gather_object", gathered)
+    refused = pytest.raises(UserError, match="^train.cuda_graph: process 0 has False, process 1 Tr")
+    with refused if key == "cuda_graph" else contextlib.nullcontext():
+        resume.require_same_everywhere(a_config(), {})
 
 
 @pytest.mark.parametrize("processes, kept", [(1, [3]), (2, [])])

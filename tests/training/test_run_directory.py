@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -276,6 +277,16 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_directory, "lock", lock)
     with RunDirectory(tmp_path).locked():
         assert "has no locks (Function not implemented)" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_at_the_start(tmp_path):
+    run, before = RunDirectory(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(RunError, match="config.yaml: cannot be written"), run.locked():
+            run.begin(a_config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.run

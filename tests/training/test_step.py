@@ -20,6 +20,7 @@ from flowtrain.data.batches import augment
 from flowtrain.errors import UserError
 from flowtrain.flow.flow import Flow, initialize
 from flowtrain.system import capacity, distributed
+from flowtrain.training import state as states
 from flowtrain.training.optim import EMA, build_optimizers
 from flowtrain.training.state import State
 from flowtrain.training.step import (
@@ -91,9 +92,17 @@ def changed(state, before):
 
 
 @pytest.mark.run
+@pytest.mark.parametrize("host_decides", [False, True])
 @pytest.mark.parametrize("optimizer", get_args(Train.model_fields["optimizer"].annotation))
-def test_a_non_finite_step_changes_nothing_nor_do_those_after_it(optimizer):
+def test_a_non_finite_step_changes_nothing_nor_do_those_after_it(
+    optimizer, host_decides, monkeypatch
+):
+    """Also on a device whose kernels do not read it."""
+    if host_decides:
+        monkeypatch.setattr(states, "HOST_DECIDES", ("cpu",))
     state, x = trained_state(optimizer)
+    given = [state.unless, *(each.found_inf for each in state.optimizers)]
+    assert {each is None for each in given} == {host_decides}
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
     last = list(state.flow.parameters())[-1]
     for bad in (torch.nan, torch.inf):

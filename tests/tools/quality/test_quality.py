@@ -236,6 +236,10 @@ def test_the_command_with_one_process_and_with_two(tmp_path):
     result = json.loads((tmp_path / "run" / "quality.json").read_text())
     assert (result["features"], result["num_images"]) == ("mnist-cnn", 120)
     assert (result["num_reference"], result["temperature"]) == (80, 0.5)
+    (tmp_path / "pictures").mkdir()
+    for number, image in enumerate(np.load(tmp_path / "x.npz")["x_test"]):
+        Image.fromarray(image[..., 0]).save(tmp_path / "pictures" / f"{number}.png")
+    words += ["--against", "pictures"]  # which process 0 alone reads
     both = [each.result().ok() for each in cli_helpers.begin(2, *words, cwd=tmp_path)]
     assert both[1].out == ""
     with np.load(tmp_path / "a.npz") as file:
