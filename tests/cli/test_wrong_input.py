@@ -128,6 +128,8 @@ TABLE = [
     ("sweep --try model.widht=3 --images 9 --out new", "row model.widht=3", "model.width?"),
     ("sweep --try 'a=\"b' --images 9 --out new", 'row a="b: No closing quotation'),
     ("sweep --try data.n_bits=3 --images 9 --out new", "data.n_bits changes the meaning"),
+    ("sweep --try seed=3 --images 9 --out new", "row seed=3: seed changes"),
+    ("sweep --try train.num_steps=3 --images 9 --out new", "train.num_steps changes"),
     ("sweep --try none --images 9 --out new --set data.validation=0", "data.validation: 0"),
     ("sweep --try none --images 9 --out sub", "--out sub: holds other files than a sweep's"),
     ("sweep ranges.yaml --out new", "data.n_bits changes the meaning"),
