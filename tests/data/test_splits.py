@@ -146,6 +146,7 @@ def test_labels_that_do_not_fit():
         ("(1, 4, 4), 256", "np.zeros((5, 1, 4, 5), 'u1')", r"5 im.* \(1, 4, 5\), expected \(1, 4"),
         ("(1, 4, 4), 256", "np.zeros((0, 1, 4, 4), 'u1')", "0 images"),
         ("(1, 4 + (split == 'test'), 4), 256", "None", "test images have shape"),
+        ("(5, 4, 4), 256", "None", "data: it has 5 channels, and images have 1 or 3"),
     ],
 )
 def test_a_data_set_that_breaks_its_promise(tmp_path, monkeypatch, images, read, message):
