@@ -65,6 +65,7 @@ def folder(tmp_path_factory):
     plan = planned({"rows": ["none"], "images": 8}, load_config(find_config("glow_digits")), "")
     begin(here / "a_sweep", plan)
     np.savez(here / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    np.savez(here / "huge.npz", mu=np.full(3, 1e200), sigma=np.eye(3))
     model = load_model(str(run), torch.device("cpu"))
     latents = files.Latents(torch.zeros(1, model.flow.latent_dims), ["a.png"])
     (here / "z.npz").write_bytes(files.npz(latents, model))
@@ -210,6 +211,7 @@ TABLE = [
     ("ood run --data constant --in noise", "--in noise: neither a data set"),
     ("ood points --data noise", "is one of real values"),
     ("quality run --against nan.npz", "nan.npz: the statistics are not finite"),
+    ("quality run --against huge.npz", "huge.npz: the statistics are not finite"),
     ("sweep --try none --images 9 --out a_sweep", "--out a_sweep: another sweep, whose data.root"),
     ("ood run", "IMAGES: give a folder, an image file or a name"),
     ("ood run noise --false-positives 1:100", "'--false-positives': 1:100", "such as 1% or 0.01"),
