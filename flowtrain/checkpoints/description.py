@@ -50,6 +50,11 @@ class Description(Origin):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Description":
-        if self.progress is not None and self.progress.step != self.step:
-            raise ValueError(f"it is of step {self.step}, its progress of {self.progress.step}")
+        progress = self.progress
+        if progress is not None and progress.step != self.step:
+            raise ValueError(f"it is of step {self.step}, its progress of {progress.step}")
+        if progress is not None and progress.best is not None and progress.best_step is None:
+            raise ValueError("its progress has no step of its best loss")
+        if self.levels is not None and self.shape[0] not in (1, 3):
+            raise ValueError(f"its shape has {self.shape[0]} channels, and images have 1 or 3")
         return self

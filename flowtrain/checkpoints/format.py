@@ -37,9 +37,9 @@ PARTS = ("model", "ema", "optimizer")
 SMALL = 2**20  # bytes; tensors with fewer are put together
 
 # The names of https://github.com/huggingface/safetensors#format
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bool: "BOOL"}
-_DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
-_DTYPES |= {torch.bfloat16: "BF16", torch.uint8: "U8", torch.complex64: "C64"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bool: "BOOL"}
+DTYPES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
+DTYPES |= {torch.bfloat16: "BF16", torch.uint8: "U8", torch.complex64: "C64"}
 
 _ZEROS = b"0" * 64  # in place of the checksum
 _CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
@@ -100,7 +100,7 @@ def _header(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytearray
     for name, tensor in tensors.items():
         offsets = [start, start + tensor.nbytes]
         shape = list(tensor.shape)
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
         start += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -132,8 +132,9 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def _log_warnings() -> None:
-    # Pillow warns of pictures that it reads all the same.
+    # Pillow warns of pictures that it reads all the same, matplotlib of letters not in its font.
     warnings.filterwarnings("ignore", module="PIL")
+    warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support", UserWarning)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("flowtrain: %(message)s"))
     logger = logging.getLogger("flowtrain")

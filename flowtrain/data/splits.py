@@ -115,6 +115,8 @@ class DataSet:
                 f"{self.shape}"
             )
         kind = kind_of(self.train_images.num_bins)
+        if kind.num_bins is not None and self.shape[0] not in (1, 3):
+            raise UserError(f"data: it has {self.shape[0]} channels, and images have 1 or 3")
         if config.n_bits < 8 and self.train_images.num_bins != 256:
             raise UserError(f"data.n_bits: {config.name} has {kind.words}; only 256 can be reduced")
         levels = 2**config.n_bits if config.n_bits < 8 else levels

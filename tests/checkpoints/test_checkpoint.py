@@ -223,12 +223,12 @@ def refused(path, description, message):
 
 NOT_FINITE = float("nan"), float("inf")
 WRONG_PROGRESS = [("step", -1), ("images", "many"), ("seconds", NOT_FINITE[0]), ("lr_scale", 0)]
-WRONG_PROGRESS += [("best", NOT_FINITE[1]), ("averaged", 2.5), ("finished", None)]
+WRONG_PROGRESS += [("best", NOT_FINITE[1]), ("best", 3.5), ("averaged", 2.5), ("finished", None)]
 WRONG_PROGRESS += [("window_loss", []), ("window_steps", True)]
 WRONG_PROGRESS += [(key, 10**19) for key in ("images", "non_finite", "window_steps")]
 WRONG_DESCRIPTIONS = {
     "config": [None, [], "glow", 1],
-    "shape": [None, [], [1, 4], [1, 4, 0], [1, 4, 4, 4], [1, 4, 10**9], [1, 4, "4"], 4],
+    "shape": [None, [], [2, 4, 4], [1, 4], [1, 4, 0], [1, 4, 4, 4], [1, 4, 10**9], [1, 4, "4"], 4],
     "levels": [0, -5, 1, 257, 2.5, "256", [], True],
     "step": [None, -1, 0.5, "0", True, 10**30, 3],
     "data": [None, [], "digits"],

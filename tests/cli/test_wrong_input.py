@@ -65,6 +65,7 @@ def folder(tmp_path_factory):
     plan = planned({"rows": ["none"], "images": 8}, load_config(find_config("glow_digits")), "")
     begin(here / "a_sweep", plan)
     np.savez(here / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    np.savez(here / "huge.npz", mu=np.full(3, 1e200), sigma=np.eye(3))
     model = load_model(str(run), torch.device("cpu"))
     latents = files.Latents(torch.zeros(1, model.flow.latent_dims), ["a.png"])
     (here / "z.npz").write_bytes(files.npz(latents, model))
@@ -127,6 +128,8 @@ TABLE = [
     ("sweep --try model.widht=3 --images 9 --out new", "row model.widht=3", "model.width?"),
     ("sweep --try 'a=\"b' --images 9 --out new", 'row a="b: No closing quotation'),
     ("sweep --try data.n_bits=3 --images 9 --out new", "data.n_bits changes the meaning"),
+    ("sweep --try seed=3 --images 9 --out new", "row seed=3: seed changes"),
+    ("sweep --try train.num_steps=3 --images 9 --out new", "train.num_steps changes"),
     ("sweep --try none --images 9 --out new --set data.validation=0", "data.validation: 0"),
     ("sweep ranges.yaml --out new", "data.n_bits changes the meaning"),
     ("sweep sweep.yaml --images 9 --out new", "sweep.yaml: imagse: unknown key; did you mean"),
@@ -207,6 +210,7 @@ TABLE = [
     ("ood run --data constant --in noise", "--in noise: neither a data set"),
     ("ood points --data noise", "is one of real values"),
     ("quality run --against nan.npz", "nan.npz: the statistics are not finite"),
+    ("quality run --against huge.npz", "huge.npz: the statistics are not finite"),
     ("sweep --try none --images 9 --out a_sweep", "--out a_sweep: another sweep, whose data.root"),
     ("ood run", "IMAGES: give a folder, an image file or a name"),
     ("ood run noise --false-positives 1:100", "'--false-positives': 1:100", "such as 1% or 0.01"),

@@ -149,6 +149,7 @@ def test_labels_that_do_not_fit():
         ),
         ("(1, 4 + (split == 'test'), 4), 256", "None", "test images have shape"),
         ("(1, 4, 4), 256", "None) and (None", "of users_own.images returned a NoneType"),
+        ("(5, 4, 4), 256", "None", "data: it has 5 channels, and images have 1 or 3"),
     ],
 )
 def test_a_data_set_that_breaks_its_promise(tmp_path, monkeypatch, images, read, message):

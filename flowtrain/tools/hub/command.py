@@ -109,7 +109,7 @@ def push(
     files = dict(page.files(loaded, wanted.repository, licence, samples))
     console.print(f"files of {hub.PREFIX}{wanted.repository}, in {folder}:")
     for name, content in files.items():
-        save(folder / name, content)
+        save(folder / name, content, named=out is not None)
         console.print(f"  {name:17}  {len(content) / KIB:10,.1f} KiB")
     if not any(each.split == "test" for each in about.figures(loaded)):
         command = f"flowtrain evaluate {shlex.quote(model)}"

@@ -82,7 +82,7 @@ def inpaint(
 ) -> None:
     """Complete an image, or enlarge one, by samples from the posterior of a flow.
 
-    The known pixels stay as they are. The missing ones are sampled from p(missing | known) under
+    The known pixels keep their levels. The missing ones are sampled from p(missing | known) under
     the exact density of the model, by Hamiltonian Monte Carlo with a Metropolis test, so more steps
     bring them closer to it. A causal model draws the pixels after the last known one directly, in
     order. It moves earlier ones as other models do, and also redraws them one by one.
@@ -105,7 +105,9 @@ def inpaint(
         given = completion.of_averages(image, factor, loaded)
     if not one_file:
         require_absent(completion.names(num_images), out)
-    console.print(f"{image}: {given.words}")
+    levels = loaded.flow.num_bins
+    reduced = "" if levels == 256 else f" with the {levels} levels of the model"
+    console.print(f"{image}{reduced}: {given.words}")
     seconds = posterior.estimated_seconds(loaded.flow, given.constraint, num_images, steps, label)
     if seconds is not None:
         console.print(

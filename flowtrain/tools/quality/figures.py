@@ -19,6 +19,7 @@ NEIGHBOURS, NEIGHBOURS_OF_COVERAGE = 3, 5  # as in the two papers
 MOST = 10_000  # images for the figures of neighbours, whose time is quadratic
 BLOCKS = 10  # for the error of KID
 ROWS = 1000  # of a matrix of distances at a time
+LARGEST = 1e100  # a statistic, so that squares do not overflow
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,16 @@ class Quality:
 def statistics_in(path: Path) -> Statistics | None:
     """`mu` and `sigma` of an .npz file, the usual format. None for a file of images.
 
-    Raises `UserError` for arrays of other shapes or types, or with values that are not finite.
+    Raises `UserError` for arrays of other shapes or types, or with values that are not finite or
+    too large.
     """
     file = ArrayFile(path)
     if not {"mu", "sigma"} <= set(file.names):
         return None
     mu = file.read("mu", "f", (None,)).astype(np.float64)
     sigma = file.read("sigma", "f", (len(mu), len(mu))).astype(np.float64)
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path}: the statistics are not finite")
+    if not all((np.abs(each) < LARGEST).all() for each in (mu, sigma)):
+        raise UserError(f"{path}: the statistics are not finite, or beyond {LARGEST:g}")
     return Statistics(mu, sigma)
 
 

@@ -90,8 +90,8 @@ def planned(values: Mapping[str, Any], base: Config, where: str) -> Plan:
     for row in [*plan.rows, *of_ranges]:
         if changed := differences(_measured(base), _measured(plan.config(row))):
             raise UserError(
-                f"row {row}: {changed[0][0]} changes the meaning of the loss, so rows would not "
-                f"compare; set it for all rows (--set)"
+                f"row {row}: {changed[0][0]} changes the meaning of the loss, the seed or the "
+                f"budget, so rows would not compare; set it for all rows (--set, or an option)"
             )
     return plan
 
@@ -109,9 +109,11 @@ def _words(row: str) -> list[str]:
 
 
 def _measured(config: Config) -> dict[str, Any]:
-    """The keys on which a validation loss depends, apart from the trained model."""
+    """The keys that make losses compare: the seed, the budget and the meaning of the loss."""
     values, noise = config.resolved(), config.dequantization
     return {
+        "seed": values["seed"],
+        "train": {key: values["train"][key] for key in ("num_steps", "budget", "clock")},
         "data": {key: x for key, x in values["data"].items() if key not in OF_TRAINING},
         "model": {key: values["model"][key] for key in ("context", "context_factor")},
         "dequantization": {"sigma": noise.sigma if noise.name == "gaussian" else 0},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowtrain.checkpoints.format import largest
+from flowtrain.checkpoints.format import DTYPES, largest
 from flowtrain.errors import UserError, cut
 from flowtrain.system.files import read_regular
 
@@ -83,6 +83,11 @@ class Tensors:
         return self.left[name]
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.dtype in DTYPES
+    return plain and tensor.device.type == "cpu"  # and not "meta", without values
+
+
 def read(path: Path, where: str) -> Tensors:
     """The tensors of a `state_dict()` in a file, without the prefix of DataParallel.
 
@@ -106,7 +111,7 @@ def read(path: Path, where: str) -> Tensors:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        isinstance(name, str) and isinstance(tensor, Tensor) and _is_plain(tensor)
         for name, tensor in content.items()
     ):
         raise UserError(f"{path}: holds no state_dict(), which is tensors by name")

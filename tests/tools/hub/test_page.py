@@ -75,3 +75,10 @@ def test_other_files_are_not_overwritten(run, tmp_path):
     assert {path.name for path in folder.iterdir()} - {".git"} <= page.FILES
     (folder / "notes").touch()
     quick(*push, cwd=tmp_path).failed(2, "mine: holds notes")
+    # By default the folder is in the run, which may be a stranger's.
+    quick(*push[:-2], cwd=tmp_path).ok()
+    link = run / "push" / "README.md"
+    link.unlink()
+    link.symlink_to(folder / "notes")
+    quick(*push[:-2], cwd=tmp_path).ok()
+    assert not link.is_symlink() and not (folder / "notes").read_text()

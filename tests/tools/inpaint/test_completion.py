@@ -86,7 +86,8 @@ def test_the_command(tmp_path):
     saved(tmp_path / "m.png", mask)
     line = ["inpaint", trained()["glow"], "--image", "x.png", "--num-images", 2, "--steps", 8]
     done = quick(*line, "--mask", "m.png", "--out", "a", cwd=tmp_path).ok()
-    assert "32 of 64 pixels are missing" in done.out and "accepted" in done.out
+    assert "x.png with the 17 levels of the model: 32 of 64 pixels are missing" in done.out
+    assert "accepted" in done.out
     assert re.search(r"\nabout \d+:\d\d for 2 chains of 8 moves; .*\n.* 2 samples", done.out)
     result = json.loads((tmp_path / "a" / "inpaint.json").read_text())
     assert np.isfinite(result["bits_per_dim"]).tolist() == [True, True]

@@ -269,11 +269,13 @@ def test_a_damaged_model_has_a_page(digits, tmp_path):
     for name, tensor in best.tensors.items():
         if tensor.is_floating_point():
             best.tensors[name] = torch.full_like(tensor, math.nan)
-    checkpoint_format.write(run / "checkpoints" / "best.safetensors", best.meta, best.tensors)
+    meta = {**best.meta, "versions": {"flowtrain": "0.1"}}
+    checkpoint_format.write(run / "checkpoints" / "best.safetensors", meta, best.tensors)
     page, done = page_of("run", "--num-images", 2, cwd=tmp_path)
     assert "not in it: samples at 0.5: " in done.out and "not in it: reconstructions: " in done.out
     assert "not in it: samples over training: run/samples has fewer than two" in done.out
     assert page.tables[1][1][0] == "bad" and "not finite" in page.text
+    assert page.text.endswith("the checkpoint was written by flowtrain 0.1.")
 
 
 def test_points_have_a_page(tmp_path):

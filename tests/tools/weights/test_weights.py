@@ -130,6 +130,10 @@ def test_other_architectures_are_refused(project, change, said, tmp_path):
         convert(Tensors("file", change(weights)), project, settings)
 
 
+def nested():
+    return torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+
+
 @pytest.mark.parametrize(
     "content, said",
     [
@@ -137,6 +141,8 @@ def test_other_architectures_are_refused(project, change, said, tmp_path):
         (lambda path: torch.save({"model": Evil()}, path), "not a file of torch.save"),
         (lambda path: torch.save([torch.ones(1)], path), "holds no state_dict"),
         (lambda path: torch.save({"a": 1}, path), "holds no state_dict"),
+        (lambda path: torch.save({"a": torch.ones(1, device="meta")}, path), "holds no state_dict"),
+        (lambda path: torch.save({"a": nested()}, path), "holds no state_dict"),
         (lambda path: torch.save({"a": torch.ones(1).expand(10**9)}, path), "larger than the file"),
     ],
 )
