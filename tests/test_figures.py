@@ -37,7 +37,7 @@ def is_rounded(value, text):
     [
         ("docs/explore.md", r"^\| `(\w+)` \(([\d.]+) M\)", 1e6),
         ("docs/results.md", r"`(\w+)\.yaml` has ([\d.]+) M parameters", 1e6),
-        ("docs/results.md", r"^- `(\w+)\.yaml`: .*\b(\d+) M parameters", 1e6),
+        ("docs/results.md", r"`(\w+)\.yaml`\s\((\d+) M", 1e6),
         ("configs/gpu/causal_cifar.yaml", r"()counts ([\d.]+) M parameters", 1e6),
         ("configs/gpu/causal_cifar_day.yaml", r"()parameters, ([\d.]+) M", 1e6),
         ("docs/gallery.md", r"^\| `(\w+)\.yaml` \|[^|]*\|[^|]*\| ([\d,]+) \|", 1),
