@@ -1,6 +1,7 @@
 """The tensors in a file of `torch.save`, read without running anything in it."""
 
 import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,18 @@ def _is_plain(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu"  # and not "meta", without values
 
 
+def _require_bounded(data: bytes) -> None:
+    """Raises `ValueError` for a file that may take more memory than its size: compressed parts, or
+    a `bytearray`, which torch would make of any length.
+    """
+    if b"bytearray\n" in data:  # as pickle names it
+        raise ValueError
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in file.infolist()):
+                raise ValueError
+
+
 def read(path: Path, where: str) -> Tensors:
     """The tensors of a `state_dict()` in a file, without the prefix of DataParallel.
 
@@ -99,6 +112,7 @@ def read(path: Path, where: str) -> Tensors:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     try:
+        _require_bounded(data)
         content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except MemoryError:
         raise

@@ -5,6 +5,7 @@ images and results of the projects' own code, by `make.py` of commit 08f3465 in 
 import json
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import get_args
 
@@ -130,6 +131,15 @@ def test_other_architectures_are_refused(project, change, said, tmp_path):
         convert(Tensors("file", change(weights)), project, settings)
 
 
+def compressed(path):
+    torch.save({"a": torch.zeros(9)}, path)
+    with zipfile.ZipFile(path) as stored:
+        parts = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, part in parts.items():
+            file.writestr(name, part)
+
+
 def nested():
     return torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
 
@@ -139,6 +149,8 @@ def nested():
     [
         (lambda path: path.write_bytes(b"PK\x03\x04 damaged"), "not a file of torch.save"),
         (lambda path: torch.save({"model": Evil()}, path), "not a file of torch.save"),
+        (lambda path: torch.save({"a": bytearray(9)}, path), "not a file of torch.save"),
+        (compressed, "not a file of torch.save"),
         (lambda path: torch.save([torch.ones(1)], path), "holds no state_dict"),
         (lambda path: torch.save({"a": 1}, path), "holds no state_dict"),
         (lambda path: torch.save({"a": torch.ones(1, device="meta")}, path), "holds no state_dict"),
