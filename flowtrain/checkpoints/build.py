@@ -120,7 +120,7 @@ def _numbers(args: Sequence[Any]) -> int:
 def _build(config: Config, shape: Shape, num_bins: int | None) -> Flow:
     build = configuration.component(Model, config.model.name).build
     with torch.random.fork_rng(devices=[]):
-        # The host's generator alone, because `fork_rng` does not restore those of GPUs.
+        # The host's generator alone, because `fork_rng` would not restore a GPU's.
         torch.default_generator.manual_seed(config.seed + int(Stream.WEIGHTS))
         image_context = _image_context(config.model, shape, num_bins)
         about = {
