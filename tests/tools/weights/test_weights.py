@@ -154,7 +154,8 @@ def nested():
         (lambda path: torch.save([torch.ones(1)], path), "holds no state_dict"),
         (lambda path: torch.save({"a": 1}, path), "holds no state_dict"),
         (lambda path: torch.save({"a": torch.ones(1, device="meta")}, path), "holds no state_dict"),
-        (lambda path: torch.save({"a": nested()}, path), "holds no state_dict"),
+        # The newest torch does not load it.
+        (lambda path: torch.save({"a": nested()}, path), "(holds no state_dict|not a file of)"),
         (lambda path: torch.save({"a": torch.ones(1).expand(10**9)}, path), "larger than the file"),
     ],
 )
