@@ -66,6 +66,7 @@ def evaluate(
     x_test, is used whole. Image files are brought to the model's size and levels. A model trained
     with Gaussian noise has no bits/dim, but a mean log-density of noisy images in nats/dim.
     """
+    from flowtrain.data.named import source
     from flowtrain.evaluation import evaluate as evaluation
     from flowtrain.system import distributed
     from flowtrain.system.console import ProgressBar, console
@@ -78,13 +79,17 @@ def evaluate(
     mention_unused(options.device, loaded.flow.device)
     with distributed.main_process_first():  # it may list a large folder
         data = options.data(loaded, dataset)
+        other = dataset
+        own = evaluation.trained_on(loaded, data.config, data) is not None
+        if dataset is None and source(data.config) != source(loaded.config.data) and not own:
+            other = str(data.config.options().get("path") or data.config.name)
     split_name = split_of(data, split, dataset)
     of = "mirror-" * mirror + f"{draws}-draws-" * (draws > 1)
-    of += "" if dataset is None else f"{_file_name(dataset, data.config.name)}-"
+    of += "" if other is None else f"{_file_name(other, data.config.name)}-"
     path = output(json_out, loaded, f"evaluate-{of}{split_name}.json", "--json")
     console.print(
         f"evaluating {loaded.checkpoint.path} on {split_name}"
-        + (f" of {dataset}" if dataset else "")
+        + (f" of {other}" if other else "")
     )
     with ProgressBar("evaluating") as bar:
         result, scores = evaluation.evaluate(
@@ -99,8 +104,8 @@ def evaluate(
         )
     if not distributed.is_main():
         return  # the rest is writing
-    if dataset is not None:
-        result = result.model_copy(update={"dataset": dataset})
+    if other is not None:
+        result = result.model_copy(update={"dataset": other})
     write_json(result.content(), json_out, path)
     if scores_out is not None:
         save(scores_out, evaluation.scores_csv(scores, loaded.flow))

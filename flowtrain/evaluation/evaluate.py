@@ -75,7 +75,7 @@ def evaluate(
         )
     positions = sampled(len(split), num_images or len(split), seed)
     split = split.at(positions)
-    here = _trained_on(model, data.config, data)
+    here = trained_on(model, data.config, data)
     known = model.checkpoint.meta.get("data")
     if here is None and known and source(data.config) == source(model.config.data):
         log.warning(
@@ -115,7 +115,7 @@ def evaluate(
     return result, dataclasses.replace(scores, positions=positions, names=split.names)
 
 
-def _trained_on(model: LoadedModel, place: DataConfig, data: DataSet) -> DataSet | None:
+def trained_on(model: LoadedModel, place: DataConfig, data: DataSet) -> DataSet | None:
     """The model's own data, divided as for its training, if `place` names them.
 
     Files of any content have the name `npz`. So they are compared with the fingerprint in the
@@ -144,7 +144,7 @@ def _shared(
     """
     if name == "train" and here:
         return {}
-    own = here or _trained_on(model, model.config.data, data)
+    own = here or trained_on(model, model.config.data, data)
     return {"duplicates_of_training": own.equal_to_training(split) if own else None}
 
 

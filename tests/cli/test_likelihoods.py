@@ -43,6 +43,16 @@ def test_evaluate_names_the_context(conditional):
     assert "conditional on" in done.out and "not comparable with figures of whole" in done.out
 
 
+def test_a_figure_of_other_data_is_named_by_them(conditional):
+    """Moved data are the run's own: they have the fingerprint in its checkpoint."""
+    (conditional / "moved.npz").write_bytes((conditional / "colour.npz").read_bytes())
+    npz(conditional / "other.npz", train=20, test=10, shape=(8, 8, 3), seed=1)
+    for name, file in (("moved", r"evaluate-test"), ("other", r"evaluate-other-\w{8}-test")):
+        out = quick("evaluate", "run", f"data.path={name}.npz", cwd=conditional).ok().out
+        path = conditional / re.search(rf"wrote (run/{file}\.json)", out)[1]
+        assert json.loads(path.read_text())["dataset"] == {"moved": "npz"}.get(name, "other.npz")
+
+
 def test_samples_are_shown_beside_what_is_given(conditional):
     done = quick("sample", "run", "--num-images", 3, cwd=conditional).ok()
     assert "24 samples" in done.out
