@@ -312,8 +312,8 @@ def check_suffix(path: Path | None, suffixes: tuple[str, ...], option: str = "--
 
 
 def require_file(path: Path | str | None, option: str = "--out") -> None:
-    """Raises `UserError`, naming the option, if no file can be written to `path`. None and `-`
-    (standard output) are no files.
+    """Raises `UserError`, naming the option, if no file can be written to `path`, or it is a
+    checkpoint, which no output replaces. None and `-` (standard output) are no files.
     """
     if path is None or path == "-":
         return
@@ -322,6 +322,8 @@ def require_file(path: Path | str | None, option: str = "--out") -> None:
         raise UserError(f"{option} {path}: is a folder; give the name of a file")
     if is_special(path):
         raise UserError(f"{option} {path}: is not a regular file")
+    if path.suffix == ".safetensors" and path.exists():
+        raise UserError(f"{option} {path}: is a checkpoint; give another name")
     require_folder(path.parent, path, option)
 
 
@@ -442,7 +444,14 @@ def data_config(
     values = configuration.override(values, settings or [])
     where = f"--data {dataset}" if dataset else "--set"
     # A module of the checkpoint was trusted when it was loaded; the rest comes from the user.
-    return configuration.parse(values, where, trust_code=True).data
+    data, own = configuration.parse(values, where, trust_code=True).data, loaded.config.data
+    divided = [(each.validation, each.split_seed) for each in (data, own)]
+    if dataset is None and data.validation and divided[0] != divided[1]:
+        raise UserError(
+            f"--set data.validation, data.split_seed: a trained model keeps its held-out images, "
+            f"here of {own.validation:g} and {own.split_seed}"
+        )
+    return data
 
 
 def split_of(data: "DataSet", split: Split | None, dataset: str | None) -> Split | Literal["all"]:

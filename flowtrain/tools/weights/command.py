@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flowtrain.cli.base import SettingOptions, check_suffix, command, on_one_process
+from flowtrain.cli.base import SettingOptions, check_suffix, command, on_one_process, require_file
 
 EPILOG = (
     "Example: [cyan]flowtrain import model_100000.pt --from rosinality data.name=folder "
@@ -44,7 +44,8 @@ def import_(
     from flowtrain.system.console import console
     from flowtrain.tools.weights.convert import import_file
 
-    check_suffix(out, (".safetensors",))
     target = out or file.parent / f"{file.stem}.safetensors"
+    check_suffix(out, (".safetensors",))
+    require_file(target)
     import_file(file, project, options.words(), target)
     console.print(f"wrote {target}: flowtrain evaluate {shlex.quote(str(target))}")

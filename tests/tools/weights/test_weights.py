@@ -189,6 +189,12 @@ def test_an_imported_model_is_an_ordinary_checkpoint(tmp_path):
     ):
         quick(*words, cwd=tmp_path).ok()
     for wrong, said in (
+        ("--out=a.safetensors", "--out a.safetensors: is a checkpoint; give another name"),
+        ("--set=data.flip=true", "a.safetensors: is a checkpoint; give another name"),
+    ):
+        quick("import", "a.pt", "--from", "rosinality", wrong, cwd=tmp_path).failed(2, said)
+    (tmp_path / "a.safetensors").unlink()
+    for wrong, said in (
         ("model.width=3", "--set model.width=3: only keys of data and deq"),
         ("data.name=two_moons", "models are of images"),
     ):
