@@ -1,7 +1,7 @@
 """The contract of a flow that flowtrain has not built."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -53,8 +53,9 @@ class Foreign:
     bits_per_dim: Callable[[Tensor], Any] | float | None = None
 
     def __post_init__(self) -> None:
-        sides = [each for each in self.shape if isinstance(each, Integral) and each >= 1]
-        if len(self.shape) not in (1, 3) or len(sides) < len(self.shape):
+        shape = self.shape if isinstance(self.shape, Sequence) else ()
+        sides = [each for each in shape if isinstance(each, Integral) and each >= 1]
+        if len(shape) not in (1, 3) or len(sides) < len(shape):
             raise UserError(f"shape: {self.shape}, expected (C, H, W) or (D,)")
         bins = 256 if self.num_bins is None else self.num_bins
         if not isinstance(bins, Integral) or not 2 <= bins <= 256:

@@ -154,6 +154,7 @@ def test_densities_of_positive_values():
     "options, words",
     [
         ({"shape": (8, 8)}, "shape"),
+        ({"shape": 8}, "shape: 8, expected"),
         ({"shape": (1, 8 / 1, 8)}, "shape"),
         ({"num_bins": 1}, "num_bins"),
         ({"num_bins": 256.0}, "num_bins"),

@@ -17,7 +17,9 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
+
+from pydantic import model_validator
 
 from flowtrain.checkpoints import record
 from flowtrain.checkpoints.format import SUFFIX
@@ -44,6 +46,12 @@ class Result(File):
     parameters: int = 0
     unit: str = ""
     losses: list[float] = []  # of the validation images, in `unit`
+
+    @model_validator(mode="after")
+    def _require_losses(self) -> Self:
+        if self.message is None and not self.losses:
+            raise ValueError("neither losses nor a message")
+        return self
 
     @property
     def loss(self) -> float:

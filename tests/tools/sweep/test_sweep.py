@@ -94,6 +94,14 @@ def test_the_best_rows_go_on(tmp_path):
     assert ends == ["finished", "out of memory", "stopped at 0.25 of the budget", "NaN"]
 
 
+def test_a_result_without_losses_is_damaged(tmp_path):
+    (trial, *_) = a_sweep(tmp_path).trials(0)
+    trial.path.mkdir(exist_ok=True)
+    (trial.path / "rung-1.json").write_text('{"losses": []}')
+    with pytest.raises(UserError, match=r"rung-1\.json: broken: neither losses nor a message"):
+        trial.result(1)
+
+
 def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
     (trial, *_) = a_sweep(tmp_path).trials(0)
     if (child := os.fork()) == 0:
