@@ -54,6 +54,7 @@ RECIPES = {
         "causal_cifar_small.yaml",
         (
             "train.budget=90min",
+            "train.weight_decay=0.02",
             "model.width=224",
             "model.units=48",
             "train.validate_every=2000",
@@ -176,7 +177,9 @@ def _draw_scaling(runs: dict[str, Path], path: str) -> None:
     for names, marker in ((points, "o"), (PUBLISHED, "s")):
         axes.plot(*zip(*names.values(), strict=True), marker, linestyle="none")
         for name, point in names.items():
-            axes.annotate(name, point, xytext=(5, 4), textcoords="offset points", rotation=20)
+            axes.annotate(
+                name, point, xytext=(5, 4), textcoords="offset points", rotation=20, fontsize=8
+            )
     axes.margins(0.4, 0.4)
     axes.set(xscale="log", xlabel="FLOPs of training", ylabel="test bits/dim", title="CIFAR-10")
     axes.grid(alpha=0.3)
