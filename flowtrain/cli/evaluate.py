@@ -80,8 +80,8 @@ def evaluate(
     with distributed.main_process_first():  # it may list a large folder
         data = options.data(loaded, dataset)
         other = dataset
-        own = evaluation.trained_on(loaded, data.config, data) is not None
-        if dataset is None and source(data.config) != source(loaded.config.data) and not own:
+        moved = dataset is None and source(data.config) != source(loaded.config.data)
+        if moved and evaluation.trained_on(loaded, data.config, data) is None:
             other = str(data.config.options().get("path") or data.config.name)
     split_name = split_of(data, split, dataset)
     of = "mirror-" * mirror + f"{draws}-draws-" * (draws > 1)
