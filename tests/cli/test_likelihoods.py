@@ -50,7 +50,8 @@ def test_a_figure_of_other_data_is_named_by_them(conditional):
     for name, file in (("moved", r"evaluate-test"), ("other", r"evaluate-other-\w{8}-test")):
         out = quick("evaluate", "run", f"data.path={name}.npz", cwd=conditional).ok().out
         path = conditional / re.search(rf"wrote (run/{file}\.json)", out)[1]
-        assert json.loads(path.read_text())["dataset"] == {"moved": "npz"}.get(name, "other.npz")
+        dataset = {"moved": "npz"}.get(name, str(conditional / "other.npz"))
+        assert json.loads(path.read_text())["dataset"] == dataset
 
 
 def test_samples_are_shown_beside_what_is_given(conditional):
