@@ -15,7 +15,7 @@ from flowtrain.checkpoints.load import LoadedModel, run_of
 from flowtrain.checkpoints.record import Record
 from flowtrain.data.splits import DataSet, SplitName
 from flowtrain.datasets import base
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, cut
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.results import Evaluation
@@ -82,7 +82,9 @@ class Verified:
             *(duration(self.seconds), "; ".join(times)),
             *(f"{self.images:,}", f"{self.parameters:,}", self.machine),
         )
-        return f"| {' | '.join(cells)} |"
+        # A stranger's run names itself and its machine, and must add no cell and no row.
+        plain = (cut(cell, 300).replace("|", "\\|") for cell in cells)
+        return f"| {' | '.join(plain)} |"
 
 
 def verify(

@@ -68,6 +68,8 @@ def test_a_sound_run(run, monkeypatch):
     assert found.reached[1] is None and 0 < found.reached[9] < found.seconds
     assert found.row.startswith(f"| `run` | glow | noise | {found.test.loss:.3f} +- ")
     assert "elbo, mirrored" in mirrored.row and " thread" in found.row
+    two = dataclasses.replace(found, machine="A processor |\n| `best`")
+    assert two.row.endswith(" | A processor \\| \\| `best` |")
     monkeypatch.chdir(run)
     assert verified(".").row == found.row
     edit(run / "summary.json", machine="A processor", parameters=1)
