@@ -257,6 +257,9 @@ def test_the_command_with_one_process_and_with_two(tmp_path):
     quick(*words, "--json", "b.json", cwd=tmp_path).ok()
     result = json.loads((tmp_path / "b.json").read_text())
     assert (result["images"], result["num_images"], result["num_reference"]) == ("a.npz", 100, 81)
+    quick(*words, "--seed", 1, "--json", "c.json", cwd=tmp_path).ok()
+    other = json.loads((tmp_path / "c.json").read_text())  # of another sample
+    assert (result["seed"], other["seed"]) == (0, 1) and other["fid"] != result["fid"]
     # Where both are named, the model's own data need not be there.
     (tmp_path / "x.npz").rename(tmp_path / "y.npz")
     words = ["quality", "run", "--images", "a.npz", "--against", "y.npz"]
