@@ -20,6 +20,7 @@ from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.results import Evaluation
 from flowtrain.system.console import counted, duration, figure, silent
+from flowtrain.system.files import require_regular
 
 # The largest difference of a figure on another processor, in bits/dim. Rounding alone changes it
 # by about 1e-5, and the rows of the leaderboard have three digits.
@@ -188,6 +189,7 @@ def _are_in_events(found: Record, split: str) -> bool:
     """Whether the losses of a split are, by step, as in TensorBoard's event files, in float32."""
     # It warns of the steps that a resumed run logged twice, and leaves the first ones out.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    require_regular(found.path)  # TensorBoard would wait for the writer of a pipe
     events = EventAccumulator(str(found.path), size_guidance={"scalars": 0}).Reload()
     tag = f"{split}/loss"
     points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []

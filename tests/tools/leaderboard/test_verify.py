@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -161,6 +162,13 @@ CHANGES = {
 def test_changed_files(message, run):
     CHANGES[message](run)
     with pytest.raises(UserError, match=f"run: {message}"):
+        verified(run)
+
+
+@pytest.mark.run
+def test_a_pipe_among_the_events(run):
+    os.mkfifo(run / "events.out.tfevents.9")
+    with pytest.raises(OSError, match="not a regular file"):
         verified(run)
 
 
