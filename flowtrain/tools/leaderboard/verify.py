@@ -15,11 +15,12 @@ from flowtrain.checkpoints.load import LoadedModel, run_of
 from flowtrain.checkpoints.record import Record
 from flowtrain.data.splits import DataSet, SplitName
 from flowtrain.datasets import base
-from flowtrain.errors import UserError
+from flowtrain.errors import UserError, cut
 from flowtrain.evaluation.evaluate import evaluate
 from flowtrain.evaluation.score import mean_loss
 from flowtrain.results import Evaluation
 from flowtrain.system.console import counted, duration, figure, silent
+from flowtrain.system.files import require_regular
 
 # The largest difference of a figure on another processor, in bits/dim. Rounding alone changes it
 # by about 1e-5, and the rows of the leaderboard have three digits.
@@ -82,7 +83,9 @@ class Verified:
             *(duration(self.seconds), "; ".join(times)),
             *(f"{self.images:,}", f"{self.parameters:,}", self.machine),
         )
-        return f"| {' | '.join(cells)} |"
+        # A stranger's run names itself and its machine, and must add no cell and no row.
+        plain = (cut(cell, 300).replace("|", "\\|") for cell in cells)
+        return f"| {' | '.join(plain)} |"
 
 
 def verify(
@@ -186,6 +189,7 @@ def _are_in_events(found: Record, split: str) -> bool:
     """Whether the losses of a split are, by step, as in TensorBoard's event files, in float32."""
     # It warns of the steps that a resumed run logged twice, and leaves the first ones out.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    require_regular(found.path)  # TensorBoard would wait for the writer of a pipe
     events = EventAccumulator(str(found.path), size_guidance={"scalars": 0}).Reload()
     tag = f"{split}/loss"
     points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []

@@ -141,7 +141,7 @@ def quality(
         if known is None:
             reference = to_8bit(_read(loaded, against, "--against", options), bins)
         if images is not None:
-            x = _read(loaded, images, "--images", options, num_images)
+            x = _read(loaded, images, "--images", options, num_images, seed)
         network = load(name, flow.shape, flow.device)
         if known is not None:  # before the samples are drawn
             blank = torch.zeros(1, *flow.shape, dtype=torch.uint8)
@@ -165,8 +165,8 @@ def quality(
         console.print(f"wrote {out}")
     x = features_of(x, network, flow.device)
     result = figures.compare(figures.statistics_of(x, name), y, name)
-    of = {"images": images} if images is not None else {**drawn_with, "seed": seed}
-    content = vars(result) | {"against": against, **of, "weights": loaded.weights}
+    of = drawn_with if images is None else {"images": images}
+    content = vars(result) | {"against": against, **of, "seed": seed, "weights": loaded.weights}
     content |= {"checkpoint": str(loaded.checkpoint.path), "step": loaded.checkpoint.meta["step"]}
     write_json(content, json_out, path)
     how = "".join(f", {key} {value:g}" for key, value in drawn_with.items())
@@ -176,7 +176,12 @@ def quality(
 
 
 def _read(
-    loaded: "LoadedModel", name: str, option: str, options: DataOptions, most: int | None = None
+    loaded: "LoadedModel",
+    name: str,
+    option: str,
+    options: DataOptions,
+    most: int | None = None,
+    seed: int = 0,
 ) -> "Tensor":
     """The images that an option names, or a sample of them: uint8 `(N, C, H, W)`, 0..Q-1."""
     from flowtrain import config as configuration
@@ -199,7 +204,7 @@ def _read(
     # As bytes twice, and twice as the int32 of `to_8bit`.
     needed = (2 + 2 * 4) * count * split.bytes_of_image
     capacity.require(needed, f"{option} {name}: {count:,} images need")
-    return split.sample(count).take(slice(None))
+    return split.sample(count, seed).take(slice(None))
 
 
 def _print(result: "Quality", what: str, against: str) -> None:

@@ -46,7 +46,9 @@ def draw(
     `guidance` and `denoise` of `sample`.
     """
     shape = model.flow.shape
-    capacity.require(2 * num * model.flow.dims, f"--num-images {num}: the samples need")
+    # As bytes twice, and twice as the int32 of `to_8bit`, which follows.
+    needed = (2 + 2 * 4) * num * model.flow.dims
+    capacity.require(needed, f"--num-images {num}: the samples need")
     starts = range(0, num, PART)
     own = starts[distributed.rank() :: distributed.world()]
 

@@ -44,7 +44,7 @@ USUAL = 256  # training images whose bits are the usual ones of a place
 COMPARED = 16  # test images that are compared with the training images, like the samples
 ROWS = 4  # and columns of a picture of samples
 PATHS, STEPS = 4, 8  # paths between test images, and the images of each
-FRAMES, WIDTH = 40, 400  # of the animation of samples over training, at most
+FRAMES, WIDTH, HEIGHT = 40, 400, 4000  # of the animation of samples over training, at most
 HEALTH = 16  # the health table takes about as long as this many other parts
 
 
@@ -268,7 +268,7 @@ def _over_training(run: Path) -> bytes:
     for file in (files[i] for i in chosen):
         try:
             with picture(file) as image:
-                size = (WIDTH, max(1, image.height * WIDTH // image.width))
+                size = (WIDTH, min(max(1, image.height * WIDTH // image.width), HEIGHT))
                 frames.append(image.convert("RGB").resize(frames[0].size if frames else size))
         except Exception as error:  # a damaged file makes Pillow raise almost anything
             raise UserError(f"{file} cannot be read as an image ({short(error)})") from error

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -68,6 +69,8 @@ def test_a_sound_run(run, monkeypatch):
     assert found.reached[1] is None and 0 < found.reached[9] < found.seconds
     assert found.row.startswith(f"| `run` | glow | noise | {found.test.loss:.3f} +- ")
     assert "elbo, mirrored" in mirrored.row and " thread" in found.row
+    two = dataclasses.replace(found, machine="A processor |\n| `best`")
+    assert two.row.endswith(" | A processor \\| \\| `best` |")
     monkeypatch.chdir(run)
     assert verified(".").row == found.row
     edit(run / "summary.json", machine="A processor", parameters=1)
@@ -159,6 +162,13 @@ CHANGES = {
 def test_changed_files(message, run):
     CHANGES[message](run)
     with pytest.raises(UserError, match=f"run: {message}"):
+        verified(run)
+
+
+@pytest.mark.run
+def test_a_pipe_among_the_events(run):
+    os.mkfifo(run / "events.out.tfevents.9")
+    with pytest.raises(OSError, match="not a regular file"):
         verified(run)
 
 

@@ -21,6 +21,7 @@ import flowtrain
 from flowtrain.bijections.precision import default_dtype
 from flowtrain.errors import UserError
 from flowtrain.pictures.sample import decode, sample
+from flowtrain.system import capacity
 from flowtrain.system.random import Stream, generator
 from flowtrain.tools.quality import features as networks
 from flowtrain.tools.quality import figures, samples
@@ -217,6 +218,9 @@ def test_samples_depend_on_the_seed_and_their_position(tmp_path, monkeypatch):
         for seed, options in ((0, {}), (1, {}), (0, {"temperature": 0.5}))
     }
     assert len(folders) == 6
+    monkeypatch.setattr(capacity, "left", lambda device: 1500)  # bytes, for 10 x 160
+    with pytest.raises(UserError, match="--num-images 10: the samples need"):
+        samples.draw(model, 10, tmp_path / "many", 7)
     with pytest.raises(UserError, match="--num-images 10000000000: the samples need"):
         samples.draw(model, 10**10, tmp_path / "many", 7)
 
@@ -257,6 +261,9 @@ def test_the_command_with_one_process_and_with_two(tmp_path):
     quick(*words, "--json", "b.json", cwd=tmp_path).ok()
     result = json.loads((tmp_path / "b.json").read_text())
     assert (result["images"], result["num_images"], result["num_reference"]) == ("a.npz", 100, 81)
+    quick(*words, "--seed", 1, "--json", "c.json", cwd=tmp_path).ok()
+    other = json.loads((tmp_path / "c.json").read_text())  # of another sample
+    assert (result["seed"], other["seed"]) == (0, 1) and other["fid"] != result["fid"]
     # Where both are named, the model's own data need not be there.
     (tmp_path / "x.npz").rename(tmp_path / "y.npz")
     words = ["quality", "run", "--images", "a.npz", "--against", "y.npz"]

@@ -261,6 +261,15 @@ def test_a_figure_of_another_model_and_a_film_of_samples(digits, tmp_path):
     assert f"not in it: samples over training: run/samples/{files[0].name} cannot" in done.out
 
 
+def test_a_film_of_narrow_pictures_has_a_largest_height(tmp_path):
+    """A stranger's picture of a few bytes may be very tall."""
+    (tmp_path / "samples").mkdir()
+    for shade in (0, 255):
+        Image.new("L", (1, 100), shade).save(tmp_path / "samples" / f"{shade}.png")
+    film = Image.open(io.BytesIO(report._over_training(tmp_path)))
+    assert film.size == (400, 4000)
+
+
 def test_a_damaged_model_has_a_page(digits, tmp_path):
     run = copy_of(digits[0], tmp_path / "run")
     for file in sorted((run / "samples").glob("*.png"))[1:]:
