@@ -120,6 +120,10 @@ def quality(
 
     require_file(json_out, "--json")
     check_suffix(out, (".npz",))
+    if out is not None and out.exists():
+        for option, read in (("--images", images), ("--against", against)):
+            if read is not None and Path(read).exists() and out.samefile(read):
+                raise UserError(f"--out {out}: is what {option} reads; give another name")
     console.stderr = json_out == "-"
     loaded = options.load_model()
     path = output(json_out, loaded, "quality.json", "--json")

@@ -138,9 +138,10 @@ class Trial:
 
 
 def _message(code: int, output: str) -> str:
-    """The reason of a command that failed: its signal, its message, or else its last line."""
+    """The reason of a command that failed: its signal, its message, or its last line or code."""
     if code < 0:
         of_memory = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
         return f"ended by {signal.Signals(-code).name}{of_memory}"
     _, *messages = re.split(r"^flowtrain: ", output, flags=re.MULTILINE)
-    return cut(messages[-1] if messages else output.rstrip().rpartition("\n")[2], 300)
+    last = messages[-1] if messages else output.rstrip().rpartition("\n")[2]
+    return cut(last or f"exit code {code}", 300)

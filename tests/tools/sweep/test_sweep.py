@@ -117,6 +117,7 @@ def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
     [
         (2, "step 1\nflowtrain: a: wrong\nb: wrong\n", "a: wrong b: wrong"),
         (1, "Traceback\nValueError: wrong\n", "ValueError: wrong"),
+        (1, "", "exit code 1"),
         (-signal.SIGKILL, "step 1\n", "ended by SIGKILL, perhaps for lack of memory"),
         (143, "stopped", None),
         (-signal.SIGINT, "", None),
