@@ -445,8 +445,8 @@ def data_config(
     where = f"--data {dataset}" if dataset else "--set"
     # A module of the checkpoint was trusted when it was loaded; the rest comes from the user.
     data, own = configuration.parse(values, where, trust_code=True).data, loaded.config.data
-    divided = [(each.validation, each.split_seed) for each in (data, own)]
-    if dataset is None and data.validation and divided[0] != divided[1]:
+    other = data.split_seed != own.split_seed or data.validation not in (0, own.validation)
+    if dataset is None and other:
         raise UserError(
             f"--set data.validation, data.split_seed: a trained model keeps its held-out images, "
             f"here of {own.validation:g} and {own.split_seed}"

@@ -1,5 +1,6 @@
 """`flowtrain interpolate`."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Annotated
@@ -109,38 +110,40 @@ def interpolate(
 
     suffix = check_suffix(out, (".png", ".gif"))
     _check(files, from_class, to_class, along, strength, image)
+    if files is not None and options.words():
+        raise UserError("--images: not with KEY=VALUE")
     loaded = options.load_model()
     path = output(out, loaded, "interpolate.png", "--out")
     flow = loaded.flow
-    data = options.data(loaded)
-    drawing = draw.drawing(flow, lambda: data.split("test"))
+    data = functools.cache(lambda: options.data(loaded))  # image files need none
+    drawing = draw.drawing(flow, lambda: data().split("test"))
     count = len(image) if image else 1 if files else pairs
     what = f"--steps {steps}: a picture of {count:,} paths of {steps:,} images needs"
     across = count if suffix == ".gif" else steps  # images in a row, which is enlarged if short
     drawing.require_room(steps * count, flow.shape, across, what)
     latents = None
     if from_class is not None or along is not None:
-        data.require(flow.shape, flow.num_bins, loaded.checkpoint.path)
+        data().require(flow.shape, flow.num_bins, loaded.checkpoint.path)
     if from_class is not None and to_class is not None:
-        latents = paths.of_classes(flow, data, from_class, to_class, pairs, steps)
+        latents = paths.of_classes(flow, data(), from_class, to_class, pairs, steps)
     elif along is not None:
         direction = directions.named(loaded, along)
         paths.require_room(flow, count, steps)
         if image:
             x = read_images(image, loaded, "--image")
         else:
-            x = paths.random_images(loaded, data, pairs, seed, "--pairs", pairs)
+            x = paths.random_images(loaded, data(), pairs, seed, "--pairs", pairs)
         latents = paths.along(encode(flow, x), direction, strength, steps)
     else:
         if files:
             x = read_images(files, loaded, "--images")
         else:
-            x = paths.random_images(loaded, data, 2 * pairs, seed, "--pairs", pairs)
+            x = paths.random_images(loaded, data(), 2 * pairs, seed, "--pairs", pairs)
         first, second = x.chunk(2)
         rows = paths.interpolate(flow, first, second, steps)
     if latents is not None:
         with ProgressBar("the test images") as bar:
-            lowest = paths.lowest_typical(flow, data.split("test"), bar)
+            lowest = paths.lowest_typical(flow, data().split("test"), bar)
         rows = paths.decoded(flow, latents)
         counts = paths.stopped(flow, rows, lowest)
         # A path to a class ends at images of the class, whatever is on the way.

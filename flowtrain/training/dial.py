@@ -171,7 +171,8 @@ def choose(
     )
     keys: Values = dataclasses.asdict(found)
     del keys["seconds"]
-    if enough(found) < steps:
+    length_given = not keys_given.isdisjoint({"train.budget", "train.num_steps"})
+    if enough(found) < steps and not length_given:
         keys["num_steps"] = steps = enough(found)
         passes = round(steps * _images_of(found) / seen)
         console.print(f"length: {steps:,} steps, or {passes:,} passes, as more would not help")

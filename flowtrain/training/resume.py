@@ -180,7 +180,7 @@ def _words(changes: list[Change], which: Literal[1, 2]) -> str:
 
 def _word(key: str, value: object) -> str:
     if key == "train.budget":
-        return f"{value:g}s"
+        return f"{str(value).removesuffix('.0')}s"
     return shlex.quote(cut(value if isinstance(value, str) else json.dumps(value)))
 
 

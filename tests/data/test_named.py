@@ -141,3 +141,7 @@ def test_evaluate_on_other_data(tmp_path):
         evaluate("--data", path).ok()
     new = sorted(set(tree(run.path)) - set(before))
     assert len(new) == 2 and all(re.fullmatch(r"evaluate-b-[0-9a-f]{8}-test.json", n) for n in new)
+
+    (tmp_path / "a.npz").unlink()  # a path between image files needs no data
+    words = ["--images", "p/0.png", "p/1.png", "--out", "i.png"]
+    quick("interpolate", "r", *words, cwd=tmp_path).ok()

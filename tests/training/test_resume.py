@@ -242,9 +242,9 @@ def test_changed_keys_are_named(run):
         key = word.partition("=")[0]
         both = rf"last.safetensors was trained with {key}=\S+, and this command has {key}=\S+"
         refused(run, [word], both + (extend if key.startswith("train.") else advice % ""))
-    other = "train.budget=3600s train.lr=0.0001" + extend
+    other = "train.budget=12345.678s train.lr=0.0001" + extend
     there = "train.num_steps=20 train.lr=0.002, and this command has "
-    refused(run, ["train.lr=1e-4", "train.budget=1h"], there + other)
+    refused(run, ["train.lr=1e-4", "train.budget=12345.678s"], there + other)
     refused(run, ["train.optimizer=adamax", "train.lr=1e-4"], "adamax" + advice % "")
 
 
