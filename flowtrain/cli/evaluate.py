@@ -82,7 +82,8 @@ def evaluate(
         other = dataset
         moved = dataset is None and source(data.config) != source(loaded.config.data)
         if moved and evaluation.trained_on(loaded, data.config, data) is None:
-            other = str(data.config.options().get("path") or data.config.name)
+            place = data.config.options()
+            other = str(place.get("path") or place.get("repository") or data.config.name)
     split_name = split_of(data, split, dataset)
     of = "mirror-" * mirror + f"{draws}-draws-" * (draws > 1)
     of += "" if other is None else f"{_file_name(other, data.config.name)}-"

@@ -62,7 +62,9 @@ def section_named(
 
 def source(data: DataConfig) -> tuple[str, str]:
     """Name and place of a data set, the same for every spelling of its path."""
-    return data.name, os.path.realpath(data.options().get("path") or "")
+    options = data.options()
+    path = options.get("path")
+    return data.name, os.path.realpath(path) if path else options.get("repository", "")
 
 
 def undivided(config: DataConfig, own: DataConfig) -> Images | None:
