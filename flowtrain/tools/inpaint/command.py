@@ -64,7 +64,7 @@ def inpaint(
     steps: Annotated[
         int,
         typer.Option(
-            min=8, help="Moves of each chain, of about 8 gradients each. The first half is warm-up."
+            min=8, help="Moves of each chain, of about 8 gradients each, including the warm-up."
         ),
     ] = 80,
     label: Annotated[
@@ -85,7 +85,7 @@ def inpaint(
     The known pixels keep their levels. The missing ones are sampled from p(missing | known) under
     the exact density of the model, by Hamiltonian Monte Carlo with a Metropolis test, so more steps
     bring them closer to it. A causal model draws the pixels after the last known one directly, in
-    order. It moves earlier ones as other models do, and also redraws them one by one.
+    order. It moves earlier ones as other models do, and also redraws a few at a time.
     """
     from flowtrain.latents.paths import log_probs
     from flowtrain.system.console import ProgressBar, console, counted, duration
