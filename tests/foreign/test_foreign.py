@@ -42,6 +42,14 @@ def test_the_density_is_that_of_the_library(name):
     assert model.sample(3).shape == (3, 2, 1, 1)
 
 
+def test_a_flow_whose_class_is_called_as_the_layers_of_its_library():
+    flow = POINTS["normflows"]()
+    flow.__class__ = type("Flow", (type(flow),), {})
+    x = flows.reals()
+    found = ForeignModel(Foreign(flow, (2,))).log_prob(x)
+    torch.testing.assert_close(found, flow.log_prob(x))
+
+
 @pytest.mark.parametrize("library", GLOWS)
 def test_the_bits_are_those_of_the_map_of_the_levels(library):
     """With integers, log P(x) has the log-determinant of the map to the flow's input."""
