@@ -134,6 +134,10 @@ class Flow(nn.Module):
             return "the model is not class-conditional (model.classes is 0)"
         return self.class_prior.unguided
 
+    def example(self) -> Tensor:
+        """An example `(1, C, H, W)` that the flow takes, to measure a pass: zeros."""
+        return torch.zeros(1, *self.shape, dtype=torch.uint8, device=self.device)
+
     def __repr__(self) -> str:
         """A description in five lines. `print(flow.bijection)` has every layer."""
         classes = f", {self.classes} classes" if self.classes else ""

@@ -47,7 +47,7 @@ def largest_activation(flow: Flow) -> int:
         nonlocal largest
         largest = max([largest, *(t.nbytes for t in tree_leaves(output) if isinstance(t, Tensor))])
 
-    x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
+    x = flow.example()
     watch_modules(flow, x, torch.full_like(x, 0.5, dtype=flow.dtype), note)
     return largest
 

@@ -120,11 +120,11 @@ def _step(name: str, module: Any, to_latents: str, to_data: str, *more: None) ->
 
 def _normflows(flow: Any) -> Adapted | None:
     names = _bases(flow)
-    if "Flow" in names:
+    if not names & {"NormalizingFlow", "MultiscaleFlow"}:
+        if "Flow" not in names:
+            return None
         step = _step("flow", flow, "inverse", "forward")
         return Adapted(**_single(step.forward, step.inverse), base=standard_normal, layers=[step])
-    if not names & {"NormalizingFlow", "MultiscaleFlow"}:
-        return None
     layers = [
         _step(name, module, "inverse", "forward")
         for name, module in _modules(flow, "Flow", {"GlowBlock", "Composite"})

@@ -301,9 +301,14 @@ class ForeignModel(Flow):
         super().__init__(bijection, _dequantizer(contract), contract.image_shape)
         self.contract = contract
         self.source = bijection.source
-        self.source.latent_shapes = _tried(self)
+        self.source.latent_shapes, self.tried = _tried(self)
         self.home = self.device  # where the user's file has the flow
         self.is_random = False  # whether the log-density depends on the seed
+
+    def example(self) -> Tensor:
+        if self.num_bins is not None:
+            return super().example()
+        return self.tried.to(self.device, self.dtype)  # zeros may be outside of the domain
 
     def base_log_prob(self, z: Tensor) -> Tensor:
         with self.source.called(z.dtype):
@@ -331,9 +336,9 @@ class ForeignModel(Flow):
 
 
 @torch.no_grad()
-def _tried(model: ForeignModel) -> list[tuple[int, ...]]:
-    """The shapes of the latents, from a trial of both directions on a copy of the flow: layers that
-    set themselves on their first batch must not see this one.
+def _tried(model: ForeignModel) -> tuple[list[tuple[int, ...]], Tensor]:
+    """The shapes of the latents, and an input `(1, C, H, W)`, from a trial of both directions on a
+    copy of the flow: layers that set themselves on their first batch must not see this one.
     """
     flow, shape = model.contract.flow, model.contract.input_shape
     if model.num_bins is None:  # densities of positive values, or of values below 1, have these
@@ -350,6 +355,7 @@ def _tried(model: ForeignModel) -> list[tuple[int, ...]]:
                 v = adapted.inverse(adapted.draw(TRIED))[0].float()
                 if v.shape != (TRIED, *shape):
                     raise ValueError(f"shape {tuple(v.shape)}, expected {(TRIED, *shape)}")
+        first = v[:1].reshape(1, *model.shape).clone()  # foreign code may change its input
         with _trial(flow, "forward"):
             z, log_det = adapted.forward(v.reshape(TRIED, *shape))
             shapes = [tuple(part.shape[1:]) for part in z]
@@ -369,4 +375,4 @@ def _tried(model: ForeignModel) -> list[tuple[int, ...]]:
             for part, like in zip(drawn, z, strict=True):
                 if part.shape != like.shape:
                     raise ValueError(f"shape {tuple(part.shape)}, expected {tuple(like.shape)}")
-    return shapes
+    return shapes, first

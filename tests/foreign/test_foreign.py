@@ -15,6 +15,7 @@ from flowtrain.bijections.execution import call
 from flowtrain.checkpoints.load import load_model
 from flowtrain.errors import UserError
 from flowtrain.evaluation.layers import Watching, layers_of
+from flowtrain.flow.passes import largest_activation
 from flowtrain.foreign.contract import Foreign
 from flowtrain.foreign.file import is_foreign
 from flowtrain.foreign.model import ForeignModel
@@ -39,6 +40,14 @@ def test_the_density_is_that_of_the_library(name):
     torch.testing.assert_close(double.log_prob(x).float(), found, rtol=1e-4, atol=1e-4)
     assert double.log_prob(x).dtype == torch.float64
     assert model.sample(3).shape == (3, 2, 1, 1)
+
+
+def test_a_flow_whose_class_is_called_as_the_layers_of_its_library():
+    flow = POINTS["normflows"]()
+    flow.__class__ = type("Flow", (type(flow),), {})
+    x = flows.reals()
+    found = ForeignModel(Foreign(flow, (2,))).log_prob(x)
+    torch.testing.assert_close(found, flow.log_prob(x))
 
 
 @pytest.mark.parametrize("library", GLOWS)
@@ -146,8 +155,9 @@ def test_densities_of_positive_values():
     for make in (distributions.LogNormal, distributions.Beta):
         flow = distributions.Independent(make(torch.ones(2), torch.ones(2)), 1)
         x = torch.tensor([[0.2, 0.7]])
-        found = ForeignModel(Foreign(flow, (2,))).log_prob(x)
-        torch.testing.assert_close(found, flow.log_prob(x))
+        model = ForeignModel(Foreign(flow, (2,)))
+        torch.testing.assert_close(model.log_prob(x), flow.log_prob(x))
+        assert largest_activation(model) > 0  # by an example of the domain, without zeros
 
 
 @pytest.mark.parametrize(
