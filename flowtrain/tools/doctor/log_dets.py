@@ -16,6 +16,7 @@ from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.evaluation.layers import Watching, layers_of
 from flowtrain.flow.flow import Flow
+from flowtrain.foreign.file import is_foreign
 from flowtrain.foreign.model import ForeignLayer, ForeignModel
 from flowtrain.tools.doctor.draws import adds_noise, averaged, beyond
 from flowtrain.tools.doctor.findings import IMAGES, Notes, Verdict, judge
@@ -333,13 +334,14 @@ def diagonal_log_det(function: Map, x: Tensor) -> Tensor:
 def reduced(model: LoadedModel) -> Flow | None:
     """The model on the CPU, for the smallest images with which it runs with all its weights.
 
-    A model that is not convolutional fits only its own size. The result is None if that has more
+    A flow from Python code has its own size, because its configuration is unknown. A model that is not convolutional fits only its own size. The result is None if that has more
     than `LARGEST_JACOBIAN` entries. A diagonal Jacobian may have any size.
     """
     if model.flow.bijection.is_discrete or _is_large(model.flow):
         return copy.deepcopy(model.flow).cpu()
     channels, height, width = model.flow.shape
-    for side in () if isinstance(model.flow, ForeignModel) else SIDES:
+    known = model.checkpoint.meta and not is_foreign(str(model.checkpoint.path))
+    for side in SIDES if known else ():
         if side < min(height, width):
             try:
                 flow = build_flow(model.config, (channels, side, side), model.flow.num_bins)

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -215,6 +217,9 @@ def test_a_reduced_copy_has_the_weights(tmp_path):
     initialized = [m.initialized.item() for m in small.modules() if isinstance(m, ActNorm)]
     assert initialized and all(initialized)
     small.log_prob(images(2, (3, 4, 4)))
+    for path, meta in (("the flow", {}), ("own.py:flow", model.checkpoint.meta)):
+        described = checkpoint_format.Checkpoint(Path(path), meta, {})
+        assert reduced(replace(model, checkpoint=described)).shape == (3, 16, 24)
 
 
 def test_a_model_that_is_not_convolutional_is_not_reduced(tmp_path, monkeypatch):
