@@ -334,8 +334,9 @@ def diagonal_log_det(function: Map, x: Tensor) -> Tensor:
 def reduced(model: LoadedModel) -> Flow | None:
     """The model on the CPU, for the smallest images with which it runs with all its weights.
 
-    A flow from Python code has its own size, because its configuration is unknown. A model that is not convolutional fits only its own size. The result is None if that has more
-    than `LARGEST_JACOBIAN` entries. A diagonal Jacobian may have any size.
+    A model that is not convolutional fits only its own size, and so does a flow from Python code,
+    whose configuration is unknown. The result is None if that has more than `LARGEST_JACOBIAN`
+    entries. A diagonal Jacobian may have any size.
     """
     if model.flow.bijection.is_discrete or _is_large(model.flow):
         return copy.deepcopy(model.flow).cpu()
