@@ -89,8 +89,7 @@ def evaluate(
     of += "" if other is None else f"{_file_name(other, data.config.name)}-"
     path = output(json_out, loaded, f"evaluate-{of}{split_name}.json", "--json")
     console.print(
-        f"evaluating {loaded.checkpoint.path} on {split_name}"
-        + (f" of {other}" if other else "")
+        f"evaluating {loaded.checkpoint.path} on {split_name}" + (f" of {other}" if other else "")
     )
     with ProgressBar("evaluating") as bar:
         result, scores = evaluation.evaluate(
