@@ -71,7 +71,10 @@ class ImageContext:
         return torch.div(sums + f * f // 2, f * f, rounding_mode="floor").to(torch.uint8)
 
     def checked(self, context: Tensor | None, count: int) -> Tensor:
-        """The context of `count` images, if it is one. Raises `ValueError` if it is not."""
+        """The context of `count` images, if it is one, also as an array of NumPy. Raises
+        `ValueError` if it is not.
+        """
+        context = None if context is None else torch.as_tensor(context)
         if context is None or tuple(context.shape) != (count, *self.shape):
             raise ValueError(
                 f"the model is given {self.words}: expected a context of shape "
