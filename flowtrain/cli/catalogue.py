@@ -21,7 +21,7 @@ def catalogue() -> None:
     }
     _print("trained models (MODEL)", trained)
     configs = configfiles.shipped_configs().items()
-    for title, gpu in (("configurations (--config)", False), ("for GPUs, not yet measured", True)):
+    for title, gpu in (("configurations (--config)", False), ("not yet measured", True)):
         found = {n: configfiles.headline(p) for n, p in configs if (p.parent.name == "gpu") == gpu}
         _print(title, found)
     for title, base in (("data sets (data.name)", Data), ("models (model.name)", Model)):
