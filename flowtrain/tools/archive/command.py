@@ -73,8 +73,8 @@ def compress(
 ) -> None:
     """Compress images losslessly, to about as many bits as the flow's likelihood.
 
-    It runs on the CPU. OMP_NUM_THREADS sets the number of parallel streams, and does not change the
-    archive.
+    It runs on the CPU, and needs the extra compress. OMP_NUM_THREADS sets the number of parallel
+    streams, and does not change the archive.
     """
     from flowtrain.checkpoints.load import model_hash
     from flowtrain.latents.encoding import of_split

@@ -43,7 +43,7 @@ def explore(
     """Explore a trained model of images in the browser: samples, latents, paths, likelihoods.
 
     The page is served from this machine and needs no network. Images dropped onto it stay on this
-    machine. Ctrl-C stops it.
+    machine. Ctrl-C stops it. The command needs the extra explore.
     """
     import secrets
     import socket

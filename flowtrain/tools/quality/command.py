@@ -106,7 +106,8 @@ def quality(
     but their figures do not compare with the usual FID. FID falls with the number of samples, so
     compare equal numbers.
 
-    torchrun distributes the sampling. The same command continues after a stop.
+    torchrun distributes the sampling. The same command continues after a stop. The command needs
+    the extra quality.
     """
     import numpy as np
     import torch
