@@ -39,7 +39,7 @@ def _describe(error: Mapping[str, Any], key: str, schema: type[BaseModel]) -> st
     if error["type"] == "extra_forbidden":
         return f"{cut(key)}: unknown key{_meant(key, schema)} (value {shown(error['input'])})"
     if error["type"] == "missing":
-        return f"{key}: missing; add {key}=VALUE"
+        return f"{key}: missing; add {key}={'PATH' if key.endswith('.path') else 'VALUE'}"
     message = cut(error["msg"].removeprefix("Value error, ").partition(" for <class")[0], 300)
     if error["type"] == "value_error" and "." not in key:
         return message

@@ -111,7 +111,7 @@ TABLE = [
     ("train --lr 1", "No such option: --lr", "train.lr=VALUE"),
     ("train data.root=~nobody_of_this_name/x", "data.root", "~nobody_of_this_name"),
     ("train TINY --run-dir text", "--run-dir text: cannot be used: it is a file; give the name"),
-    ("train TINY data.name=npz", "data.path: missing; add data.path=VALUE"),
+    ("train TINY data.name=npz", "data.path: missing; add data.path=PATH"),
     ("train TINY --run-dir locked/below", "--run-dir locked/below: cannot be used"),
     ("train TINY --run-dir pipe_run", "last.safetensors", "not a regular file"),
     ("train TINY --run-dir odd_run", "--run-dir odd_run", "checkpoints is not a folder"),
