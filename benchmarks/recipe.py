@@ -54,7 +54,6 @@ RECIPES = {
         "causal_cifar_small.yaml",
         (
             "train.budget=90min",
-            "train.weight_decay=0.02",
             "model.width=224",
             "model.units=48",
             "train.validate_every=2000",
