@@ -175,7 +175,7 @@ TABLE = [
     ("encode run --images good.png wide.png --out x.npz", "wide.png: expected", "repeat --images"),
     ("encode points --images good.png --out x.npz", "--images good.png", ".npy or .npz"),
     ("encode run --split validation --set data.validation=0 --out x.npz", "it is empty"),
-    ("ood run --set data.split_seed=1", "data.split_seed: a trained model keeps its held-out"),
+    ("ood run sub --set data.split_seed=1", "data.split_seed: a trained model keeps its held-out"),
     ("encode run --split test data.validation=0 data.split_seed=1 --out x.npz", "its held-out"),
     ("encode points --images cut.npy --out x.npz", "cut.npy has the type uint8", "real"),
     ("decode run z.npz --out taken", "--out taken: 'a.png' already exists"),
