@@ -118,10 +118,14 @@ def better(run):
     edit(run / "summary.json", best_validation_loss=best, best_validation_bits_per_dim=best)
     rows = metrics(run)
     step = rows[-1]["step"]
+    earlier_files = set(run.glob("events*"))
     with SummaryWriter(str(run), purge_step=step) as writer:
         for row in rows:
             if row["step"] == step:
                 writer.add_scalar(f"{row['split']}/loss", row["loss"], step)
+    (new,) = set(run.glob("events*")) - earlier_files
+    # TensorBoard reads files by their names, which begin with the second and the process.
+    new.rename(run / "events.out.tfevents.9999999999")
 
 
 def faster(run):
