@@ -322,7 +322,7 @@ def require_file(path: Path | str | None, option: str = "--out") -> None:
         raise UserError(f"{option} {path}: is a folder; give the name of a file")
     if is_special(path):
         raise UserError(f"{option} {path}: is not a regular file")
-    if path.suffix == ".safetensors" and path.exists():
+    if path.suffix.lower() == ".safetensors" and path.exists():
         raise UserError(f"{option} {path}: is a checkpoint; give another name")
     require_folder(path.parent, path, option)
 
@@ -431,7 +431,7 @@ def data_config(
 ) -> "DataConfig":
     """The configuration of the data set of `data_of`, which may not be at hand."""
     from flowtrain import config as configuration
-    from flowtrain.data.named import section_named
+    from flowtrain.data.named import section_named, source
 
     for text in settings or []:
         if not text.startswith("data."):
@@ -445,8 +445,8 @@ def data_config(
     where = f"--data {dataset}" if dataset else "--set"
     # A module of the checkpoint was trusted when it was loaded; the rest comes from the user.
     data, own = configuration.parse(values, where, trust_code=True).data, loaded.config.data
-    other = data.split_seed != own.split_seed or data.validation not in (0, own.validation)
-    if dataset is None and other:
+    divided = data.split_seed != own.split_seed or data.validation not in (0, own.validation)
+    if dataset is None and source(data) == source(own) and divided:
         raise UserError(
             f"--set data.validation, data.split_seed: a trained model keeps its held-out images, "
             f"here of {own.validation:g} and {own.split_seed}"

@@ -1,7 +1,7 @@
 """The contract of a flow that flowtrain has not built."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -53,7 +53,7 @@ class Foreign:
     bits_per_dim: Callable[[Tensor], Any] | float | None = None
 
     def __post_init__(self) -> None:
-        shape = self.shape if isinstance(self.shape, Sequence) else ()
+        shape = tuple(self.shape) if isinstance(self.shape, Iterable) else ()
         sides = [each for each in shape if isinstance(each, Integral) and each >= 1]
         if len(shape) not in (1, 3) or len(sides) < len(shape):
             raise UserError(f"shape: {self.shape}, expected (C, H, W) or (D,)")

@@ -177,12 +177,13 @@ def choose(
         passes = round(steps * _images_of(found) / seen)
         console.print(f"length: {steps:,} steps, or {passes:,} passes, as more would not help")
         del values["train"]["budget"]
+    if "train.num_steps" in keys_given:
+        steps = config(size).train.num_steps or steps
     every = _round(steps / VALIDATIONS)
     # A causal flow takes long for a picture, so the one at the end must do.
     pictured = 10 * _round(steps) if family is CAUSAL else 2 * every
     keys |= {"validate_every": every, "checkpoint_every": every, "sample_every": pictured}
-    own = config(size).train
-    keys["warmup_steps"] = min(own.warmup_steps, (own.num_steps or steps) // 10)
+    keys["warmup_steps"] = min(config(size).train.warmup_steps, steps // 10)
     return config(size, log_every=min(100, max(10, every // 10)), **keys)
 
 

@@ -20,9 +20,9 @@ from flowtrain.system.console import console
 
 def test_outputs_that_cannot_be_written(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.SAFETENSORS").touch()
     rows = {"": "is a folder", "pipe.png": "is not a regular file"}
-    for path, said in (rows | {"model.safetensors": "is a checkpoint"}).items():
+    for path, said in (rows | {"model.SAFETENSORS": "is a checkpoint"}).items():
         with pytest.raises(UserError, match=f"--json .*: {said}"):
             require_file(tmp_path / path, "--json")
     require_file("-")

@@ -47,8 +47,12 @@ def test_a_figure_of_other_data_is_named_by_them(conditional):
     """Moved data are the run's own: they have the fingerprint in its checkpoint."""
     (conditional / "moved.npz").write_bytes((conditional / "colour.npz").read_bytes())
     npz(conditional / "other.npz", train=20, test=10, shape=(8, 8, 3), seed=1)
-    for name, file in (("moved", r"evaluate-test"), ("other", r"evaluate-other-\w{8}-test")):
-        out = quick("evaluate", "run", f"data.path={name}.npz", cwd=conditional).ok().out
+    rows = (
+        ("moved", r"evaluate-test", []),
+        ("other", r"evaluate-other-\w{8}-test", sets(data__validation=3)),
+    )
+    for name, file, more in rows:
+        out = quick("evaluate", "run", f"data.path={name}.npz", *more, cwd=conditional).ok().out
         path = conditional / re.search(rf"wrote (run/{file}\.json)", out)[1]
         dataset = {"moved": "npz"}.get(name, str(conditional / "other.npz"))
         assert json.loads(path.read_text())["dataset"] == dataset

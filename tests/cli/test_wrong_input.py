@@ -221,7 +221,7 @@ TABLE = [
     ("quality points", "real values; the figures are of images"),
     ("quality given", GIVEN),
     ("quality run --images sub --temperature 0.5", "--images: not with options of sampling"),
-    ("quality run --images large.npz --out large.npz", "--out large.npz: is what --images reads"),
+    ("quality run --images large.npz --out large.npz", "--out large.npz: --images reads this file"),
     ("quality run --images nope", "--images nope: neither a data set"),
     ("quality run --against large.npz", "shape (1, 16, 16)", "of shape (1, 8, 8)"),
     ("quality run --temperature 1e400", "--temperature, --guidance: expected finite numbers"),

@@ -153,7 +153,9 @@ def test_a_flow_that_is_elsewhere_stays_there():
 
 def test_densities_of_positive_values():
     for make in (distributions.LogNormal, distributions.Beta):
-        flow = distributions.Independent(make(torch.ones(2), torch.ones(2)), 1)
+        # Libraries may turn validation off for the whole process.
+        each = make(torch.ones(2), torch.ones(2), validate_args=True)
+        flow = distributions.Independent(each, 1, validate_args=True)
         x = torch.tensor([[0.2, 0.7]])
         model = ForeignModel(Foreign(flow, (2,)))
         torch.testing.assert_close(model.log_prob(x), flow.log_prob(x))

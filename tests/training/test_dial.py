@@ -94,8 +94,9 @@ def test_few_images_get_the_smallest_size_and_a_limited_number_of_passes(tmp_pat
     assert (train.num_steps, train.budget, train.batch_size) == (1000, None, 18)
     assert "1,000 steps, or 1,000 passes" in capsys.readouterr().out
     for given in ("train.budget=30min", "train.num_steps=9"):
-        choose(data, settings=[given])
+        other = choose(data, settings=[given]).train
         assert "more would not help" not in capsys.readouterr().out
+    assert (other.num_steps, other.validate_every, other.warmup_steps) == (9, 1, 0)
     assert (train.schedule, train.weight_decay) == ("constant", 1.0)
     assert train.sample_every > 1000
     assert choose(data, purpose="latents").train.sample_every < 1000

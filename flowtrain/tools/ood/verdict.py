@@ -36,7 +36,7 @@ def threshold(held_out: np.ndarray, false_positives: float) -> float:
     if above == 0:
         raise UserError(
             f"--false-positives {false_positives:.3g}: {math.ceil(1 / false_positives) - 1:,} "
-            f"held-out images are needed, there are {count:,} (data.validation, --num-images)"
+            f"held-out images are needed, there are {count:,} (--num-images)"
         )
     return float(np.sort(held_out)[count - above])
 

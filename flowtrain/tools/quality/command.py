@@ -124,7 +124,7 @@ def quality(
     if out is not None and out.exists():
         for option, read in (("--images", images), ("--against", against)):
             if read is not None and Path(read).exists() and out.samefile(read):
-                raise UserError(f"--out {out}: is what {option} reads; give another name")
+                raise UserError(f"--out {out}: {option} reads this file; give another name")
     console.stderr = json_out == "-"
     loaded = options.load_model()
     path = output(json_out, loaded, "quality.json", "--json")
