@@ -241,8 +241,11 @@ def _rotated(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Layer norm over the channels of `(..., C)`, without weights, because a linear map follows."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
+    """Layer norm over the channels of `(..., C)`, without weights, because a linear map follows.
+
+    The result has the precision of `x`; autocast on CUDA would make it float32.
+    """
+    return F.layer_norm(x, x.shape[-1:], eps=EPSILON).to(x.dtype)
 
 
 def norm_of_columns(x: Tensor) -> Tensor:
