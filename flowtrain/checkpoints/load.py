@@ -164,7 +164,11 @@ def require_tensors(path: Path, found: Mapping[str, Tensor], own: Mapping[str, T
     wrong = []
     for name in [*own, *sorted(found.keys() - own.keys())]:  # safetensors has no order
         here, there = own.get(name), found.get(name)
-        if here is None or there is None or here.shape != there.shape:
+        if there is None:
+            wrong.append(f"{cut(name)} is missing")
+        elif here is None:
+            wrong.append(f"{cut(name)} is not in this model")
+        elif here.shape != there.shape:
             wrong.append(f"{cut(name)} is {_shape(there)} there and {_shape(here)} here")
         elif here.dtype != there.dtype:
             wrong.append(f"{cut(name)} is {there.dtype} there and {here.dtype} here")
@@ -173,8 +177,8 @@ def require_tensors(path: Path, found: Mapping[str, Tensor], own: Mapping[str, T
         raise UserError(f"{path}: does not fit this model: {'; '.join(wrong[:NAMED])}{more}")
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "nothing" if tensor is None else "x".join(map(str, tensor.shape)) or "a number"
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
 
 
 def _require_constant(path: Path, name: str, there: Tensor, here: Tensor) -> None:

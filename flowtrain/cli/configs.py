@@ -4,6 +4,7 @@ It imports nothing heavy, because the command line's help and completion use it.
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from flowtrain.errors import UserError, did_you_mean
@@ -44,6 +45,10 @@ def find_config(name: str) -> Path:
             if candidate.is_file():
                 return candidate
     shipped = shipped_configs()
+    if Path(name).is_dir():
+        raise UserError(
+            f"--config {name}: is a folder; for images, flowtrain train {shlex.quote(name)}"
+        )
     if os.path.lexists(name):
         raise UserError(f"--config {name}: not a regular file")
     raise UserError(

@@ -166,7 +166,9 @@ class ArrayFile:
         except FileNotFoundError:
             raise UserError(f"{self.key}{self.path}: there is no such file") from None
         except OSError as error:
-            raise UserError(f"{self.key}{self.path}: cannot be opened ({short(error)})") from None
+            raise UserError(
+                f"{self.key}{self.path}: cannot be opened ({error.strerror or short(error)})"
+            ) from None
         with file:
             yield file
 

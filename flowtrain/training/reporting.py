@@ -243,4 +243,4 @@ def announce_end(state: State, run: RunDirectory) -> None:
         ("sample", "a picture of samples"),
         ("report", "one page about the run"),
     ):
-        console.print(f"  {f'flowtrain {command} {path}':40} {what}")
+        console.print(f"  {f'flowtrain {command} {path}':40}  {what}")

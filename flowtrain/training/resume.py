@@ -277,14 +277,14 @@ def announce(
         console.print(f"run directory: {run.path}")
         return
     console.print(
-        f"run directory: {run.path}, going on from {saved.path} at step {state.progress.step}"
+        f"run directory: {run.path}, continued from {saved.path} at step {state.progress.step}"
     )
     changes = _changes(_earlier(saved), state.config)
     if changes := [each for each in changes if each[0] not in FREE_KEYS | SPLIT_KEYS]:
         console.print(f"changed from {_words(changes, 1)} to {_words(changes, 2)}")
     if (scale := state.progress.lr_scale) < 1:
         events = counted(state.progress.non_finite, "rollback")
-        console.print(f"after {events}, the learning rate is times {scale:g}")
+        console.print(f"after {events}, the learning rate is multiplied by {scale:g}")
     for line in _new_division(state, saved):
         console.print(line)
 

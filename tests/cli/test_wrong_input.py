@@ -99,7 +99,7 @@ TABLE = [
     ("evaluate run run", "run: expected KEY=VALUE"),
     ("evaluate data.root=x", "no MODEL given", "no run under runs/"),
     ("evaluate run model.width=3", "--set model.width=3", "only keys of data"),
-    ("train --config sub", "--config sub: not a regular file"),
+    ("train --config sub", "--config sub: is a folder; for images, flowtrain train sub"),
     ("train glow_digits", "glow_digits: a configuration is named by --config glow_digits"),
     ("train --config glow_digits sub", "sub: expected KEY=VALUE", "--config"),
     ("train --for latents TINY", "--for: is for DATA"),

@@ -165,7 +165,7 @@ def test_the_same_of_other_models(words, first, tolerance):
 def resumed(count, *args, first=FLOAT64):
     """Output of the processes that go on with a run."""
     out = all_ok(count, *args, "--run-dir", "r", first=first)
-    return out[out.index("going on from") :]
+    return out[out.index("continued from") :]
 
 
 def test_resumed_by_two_processes_and_by_one_again(alone):
@@ -386,7 +386,7 @@ def test_torchrun_goes_on_after_the_death_of_one():
     assert done.code == 0 and "Traceback" not in done.err, done
     # Not at all, if the launcher ends the other one before it notices.
     assert done.err.count("has lost another process of this run") <= 1
-    assert "going on from r/checkpoints/last.safetensors at step" in done.out
+    assert "continued from r/checkpoints/last.safetensors at step" in done.out
     rows = metrics(Path("r"))
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 101))
     assert summary(Path("r"))["finished"] and left_overs(Path("r")) == []

@@ -103,7 +103,7 @@ def test_20_steps_are_10_and_10(name, tmp_path):
     with (halves / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "split": "tr')  # cut by the kill
     done = quick(*command, "--run-dir", halves, cwd=tmp_path).ok()
-    assert "going on from" in done.out and "at step 10" in done.out
+    assert "continued from" in done.out and "at step 10" in done.out
     assert ("streamed" in done.out) == (name == "tarflow")
     cli_helpers.assert_same_run(whole, halves)
     assert left_overs(halves) == []
@@ -124,7 +124,9 @@ def test_stopped_by_a_signal_and_resumed(signum, uninterrupted, tmp_path):
     assert f"{signum.name}: finishing the step" in stopped.out
     assert f"at step {step}; saved" in stopped.out
     done = quick("train", *LONG, cwd=tmp_path).ok()
-    assert f"going on from runs/glow_digits/checkpoints/last.safetensors at step {step}" in done.out
+    assert (
+        f"continued from runs/glow_digits/checkpoints/last.safetensors at step {step}" in done.out
+    )
     cli_helpers.assert_same_run(run, uninterrupted)  # each step once, also in the charts
     points = events(run).Scalars("train/bits_per_dim")
     assert [point.step for point in points] == steps_of(run) == list(range(1, STEPS + 1))
@@ -254,8 +256,11 @@ def test_a_finished_run_is_extended(run, tmp_path):
     rewritten(last(run), non_finite=2, lr_scale=0.25)
     done = quick("train", *longer, "--extend", cwd=tmp_path).ok()
     changed = "changed from train.num_steps=20 train.lr=0.002 to train.num_steps=30 train.lr=0.001"
-    assert f"at step 20\n{changed}\nafter 2 rollbacks, the learning rate is times 0.25" in done.out
-    assert "going on from runs/glow_digits/checkpoints/last.safetensors at step 20" in done.out
+    assert (
+        f"at step 20\n{changed}\nafter 2 rollbacks, the learning rate is multiplied by 0.25"
+        in done.out
+    )
+    assert "continued from runs/glow_digits/checkpoints/last.safetensors at step 20" in done.out
     assert metrics(run)[: len(before)] == before
     assert steps_of(run) == [5, 10, 15, 20, 25, 30] and summary(run)["finished"]
     assert "nothing to do" in quick("train", *longer, cwd=tmp_path).ok().out
@@ -288,7 +293,7 @@ def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
     (tmp_path / "new").mkdir()  # by a command that was killed before its first checkpoint
     (tmp_path / "new" / "config.yaml").write_text("")
     done = quick("train", *more, "--resume", source, *new, cwd=tmp_path).ok()
-    assert f"going on from {source} at step 15" in done.out
+    assert f"continued from {source} at step 15" in done.out
     assert steps_of(tmp_path / "new") == [20, 25, 30]
     assert summary(tmp_path / "new")["step"] == 30 and summary(run)["step"] == 20
     # It is a run like any.

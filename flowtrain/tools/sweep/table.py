@@ -91,7 +91,7 @@ def _end(sweep: Sweep, row: int) -> str:
 
 
 def _cells(line: dict[str, Any]) -> list[str]:
-    cells = [f"`{line['settings']}`"]
+    cells = ["`{}`".format(line["settings"].replace("|", "\\|"))]
     for title in TITLES[1:-1]:
         value = line.get(title)
         if isinstance(value, dict):
