@@ -216,6 +216,7 @@ BOMB = "{a0: &a0 [1], " + ", ".join(
         ("{a: !" + "x" * 60000 + " x}", "could not determine a constructor"),
         *((text, r"as YAML: .*\(line \d, column \d+\)$") for text in ("a: b: c", "\t- a")),
         ("- 1\n- 2\n", "expected keys and values, got list"),
+        *((text, "has no keys") for text in ("", "# all as usual", "{}")),
         ("train:\n", "train: expected keys and values, got None"),
         ("1: 2\ntrain: {num_steps: 3}\n", "1: Keys should be strings"),
         ("train: {budget: null}", "neither is given"),

@@ -374,15 +374,20 @@ def load(
     return loaded
 
 
-def device_of(name: str) -> "torch.device":
-    """The device of `--device`, made ready."""
+def device_of(name: str, announce: bool = False) -> "torch.device":
+    """The device of `--device`, made ready. With `announce`, a line states the threads of a busy
+    machine.
+    """
     import torch
 
     from flowtrain.system import device as devices
+    from flowtrain.system.console import console
 
     device = devices.resolve(name)
     if device.type == "cpu":
-        _prepare_cpu()
+        line = _prepare_cpu()
+        if announce and line:
+            console.print(line, style="dim")
     elif device.index is not None:
         # New events, streams and graphs are on the current device.
         torch.get_device_module(device).set_device(device)
@@ -390,13 +395,11 @@ def device_of(name: str) -> "torch.device":
 
 
 @functools.cache
-def _prepare_cpu() -> None:
+def _prepare_cpu() -> str | None:
     from flowtrain.system import allocator, threads
-    from flowtrain.system.console import console
 
     allocator.keep_freed_memory()
-    if said := threads.use_free_cores():
-        console.print(said, style="dim")
+    return threads.use_free_cores()
 
 
 def mention_unused(name: str, device: "torch.device") -> None:

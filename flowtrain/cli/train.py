@@ -157,7 +157,7 @@ def train(
         raise UserError(f"--extend: uses the last checkpoint, so not with --resume {resume}")
     data, settings.settings = _data_and_settings(settings.settings or [], config)
     words = settings.words("; a configuration is named by --config")
-    target = device_of(device)
+    target = device_of(device, announce=True)
     mention_unused(device, target)
     if data is not None:
         from flowtrain.training import dial

@@ -134,7 +134,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """The configuration in a YAML file, with `--set` overrides. Raises `UserError`."""
     overrides = list(overrides)
-    values = override(load_yaml(path), overrides)
+    values = load_yaml(path)
+    if not values:
+        raise UserError(f"{path}: has no keys")
+    values = override(values, overrides)
     given = cut(" --set ".join(overrides))
     where = f"{path} with --set {given}" if overrides else str(path)
     return parse(values, where, trust_code=True)
