@@ -176,6 +176,8 @@ def test_densities_of_positive_values():
         ({"alpha": 0.05, "adds_noise": True}, "alpha"),
         ({"num_bins": None, "adds_noise": True}, "give num_bins"),
         ({"scale": -1.0}, "scale"),
+        ({"scale": float("nan")}, "scale"),
+        ({"offset": float("inf")}, "offset"),
     ],
 )
 def test_contracts_that_do_not_fit(options, words):
@@ -281,3 +283,5 @@ def test_an_archive_cannot_name_code(tmp_path):
     """A path that exists is a checkpoint, whatever its name."""
     (tmp_path / "own.py:flow").touch()
     assert not is_foreign(str(tmp_path / "own.py:flow")) and is_foreign("own.py:flow")
+    (tmp_path / "run.py").mkdir()
+    assert not is_foreign(str(tmp_path / "run.py"))
