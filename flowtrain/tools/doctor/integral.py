@@ -52,7 +52,8 @@ def check_integral(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
         coarse, fine = (_integral(flow, ends, side) for side in (SIDE // 2, SIDE))
     except Exception as error:
         # The rectangle around the data may have cells outside of a foreign density's domain.
-        if torus or surface or not isinstance(flow, ForeignModel) or not isinstance(error, RunError):
+        outside = isinstance(flow, ForeignModel) and isinstance(error, RunError)
+        if torus or surface or not outside:
             notes.failed(("integral",), error)
         return
     excess = abs(fine - 1) if torus or surface else max(0.0, fine - 1)
