@@ -467,6 +467,11 @@ def test_layers_of_large_images_that_take_no_part(monkeypatch):
     assert ("log-det", "", IMAGES) in found
 
 
+def test_the_autocast_of_the_caller():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bad(checked(Foreign(flows.Coupling(), (2,)))) == {}
+
+
 def test_a_layer_that_a_flow_calls_twice():
     flows.library("nflows")
     from nflows import transforms
