@@ -78,6 +78,8 @@ def normflows_glow(logit=False, classes=0):
     flows = [[nf.flows.GlowBlock(c, 6), nf.flows.Squeeze()] for c in (8, 4)]
     of_classes = (classes,) if classes else ()
     base = [nf.distributions.GlowBase(shape, *of_classes) for shape in ((8, 2, 2), (2, 4, 4))]
+    if classes:
+        base[0] = nf.distributions.AffineGaussian((8, 2, 2), (8, 1, 1), classes)
     transform = nf.transforms.Logit() if logit else None
     flow = nf.MultiscaleFlow(base, flows, [nf.flows.Merge()], transform, bool(classes))
     y = torch.arange(24) % classes if classes else None

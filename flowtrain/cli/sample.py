@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flowtrain.checkpoints.load import LoadedModel
+    from flowtrain.data.splits import Split
 
 EPILOG = (
     "Example: [cyan]flowtrain sample runs/glow_digits --temperature 0.7 --temperature 1 "
@@ -144,7 +145,13 @@ def sample(
         raise UserError("--set: these samples need no data, so leave it out")
     contexts = _contexts(options, loaded, image)
     num = num or (8 if labels or contexts is not None else flow.kind.picture_count)
-    drawing = draw.drawing(flow, lambda: options.data(loaded).split("test"))
+
+    def beside() -> "Split":
+        data = options.data(loaded)
+        data.require(flow.shape, flow.num_bins, loaded.checkpoint.path)
+        return data.split("test")
+
+    drawing = draw.drawing(flow, beside)
     in_a_row = labels or (len(temperatures) > 1 and num <= LONGEST_ROW)
     columns = num if in_a_row else _root(num)
     groups = max(1, len(labels))

@@ -265,7 +265,8 @@ class Flow(nn.Module):
         if context is not None:
             context = self._checked_context(context, len(x))
         noise = draw_noise((len(x), draws, *self.shape), generator, x.device)
-        bounds = [self(x, u, labels, context=context).total for u in noise.unbind(dim=1)]
+        with full_precision(x):  # the autocast of a caller would cost likelihood
+            bounds = [self(x, u, labels, context=context).total for u in noise.unbind(dim=1)]
         return self.kind.over_draws(torch.stack(bounds))
 
     def log_density(
@@ -282,7 +283,8 @@ class Flow(nn.Module):
             raise ValueError("real-valued data are not dequantized: use log_prob")
         labels = self._checked_labels(labels, len(y))
         context = self._checked_context(context, len(y))
-        return self._log_prob_of(*self.dequantizer.from_unit(y), labels, context).total
+        with full_precision(y):
+            return self._log_prob_of(*self.dequantizer.from_unit(y), labels, context).total
 
     def bits_per_dim(
         self, x: Batch, generator: torch.Generator | None = None, draws: int = 1
@@ -366,7 +368,7 @@ class Flow(nn.Module):
         sigma = self.dequantizer.sigma
         if sigma is None:
             raise ValueError(f"denoise: {NO_SIGMA}")
-        with torch.inference_mode(False), torch.enable_grad():
+        with full_precision(v), torch.inference_mode(False), torch.enable_grad():
             v = v.detach().clone().requires_grad_()  # a tensor of inference mode takes no gradient
             log_prob = self._log_prob_of(v, v.new_zeros(len(v)), labels, context).total
             (score,) = torch.autograd.grad(log_prob.sum(), v)

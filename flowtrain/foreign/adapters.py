@@ -150,7 +150,7 @@ def _normflows(flow: Any) -> Adapted | None:
         return log_mean_exp(torch.stack(each))
 
     def draw(n: int) -> Sequence[Tensor]:
-        y = [torch.randint(classes, (n,), device=levels[0].loc.device)] if classes else []
+        y = [torch.randint(classes, (n,), device=next(flow.parameters()).device)] if classes else []
         return [q0(n, *y)[0] for q0 in levels]
 
     return Adapted(

@@ -70,8 +70,10 @@ class Foreign:
             raise UserError(
                 f"alpha: {self.alpha}, expected 0..1/2, without scale, offset and adds_noise"
             )
-        if self.scale is not None and self.scale <= 0:
+        if self.scale is not None and not 0 < self.scale < math.inf:
             raise UserError(f"scale: {self.scale}, expected a positive number")
+        if not math.isfinite(self.offset):
+            raise UserError(f"offset: {self.offset}, expected a finite number")
 
     @property
     def image_shape(self) -> Shape:

@@ -24,9 +24,11 @@ def is_foreign(model: str) -> bool:
     """Whether a `MODEL` is `FILE.py:NAME`, or the file without a name.
 
     A path that exists is none, because an archive may name a model by its path, but no code to run.
+    A folder, such as a run, is none either.
     """
     match = _NAMED.fullmatch(model)
-    return match is not None and not (match["name"] and os.path.lexists(model))
+    exists = os.path.lexists if match is not None and match["name"] else os.path.isdir
+    return match is not None and not exists(model)
 
 
 def flow_named(model: str) -> Flow:

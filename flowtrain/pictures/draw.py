@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowtrain.bijections.sphere import of_angles
 from flowtrain.data.splits import Split
-from flowtrain.errors import UserError
+from flowtrain.errors import RunError, UserError
 from flowtrain.flow.flow import Flow
 from flowtrain.flow.kinds import Points, QuantizedImages
 from flowtrain.pictures import grid
@@ -219,7 +219,11 @@ def _scatter(
 @torch.no_grad()
 def _density(axes: "Axes", flow: Flow, bounds: Bounds) -> None:
     points, _ = mesh(flow, bounds, MESH)
-    values = torch.cat([flow.log_prob(part).cpu() for part in torch.split(points, 4096)])
+    try:
+        values = torch.cat([flow.log_prob(part).cpu() for part in torch.split(points, 4096)])
+    except RunError:  # the mesh may leave the domain of a foreign density
+        _frame(axes, "no log-density: it raises an error here", bounds)
+        return
     # The scale ends ten nats below the peak, because far away the density falls without end.
     lowest, pixels = float(values.max()) - 10, values.reshape(MESH, MESH).numpy()
     axes.imshow(pixels, "viridis", aspect="auto", vmin=lowest, origin="lower", extent=bounds)

@@ -113,8 +113,15 @@ def test_decode_inverts_encode(model, options):
     back = flow.decode(z)
     assert back.dtype == torch.uint8 and back.is_contiguous() and torch.equal(back, before)
     assert torch.equal(torch.cat([flow.decode(part) for part in z.split([1, 7, 92])]), x)
+
+    def likelihoods():
+        densities = flow.log_density((x[:9] + 0.5) / flow.num_bins)
+        return torch.stack([flow.log_prob(x[:9], seeded(4)), densities])
+
+    expected = likelihoods()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(flow.decode(flow.encode(x[:40])), x[:40])
+        assert torch.equal(likelihoods(), expected)
 
 
 def test_several_draws_are_the_importance_weighted_bound():

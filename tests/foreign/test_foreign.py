@@ -176,6 +176,8 @@ def test_densities_of_positive_values():
         ({"alpha": 0.05, "adds_noise": True}, "alpha"),
         ({"num_bins": None, "adds_noise": True}, "give num_bins"),
         ({"scale": -1.0}, "scale"),
+        ({"scale": float("nan")}, "scale"),
+        ({"offset": float("inf")}, "offset"),
     ],
 )
 def test_contracts_that_do_not_fit(options, words):
@@ -223,6 +225,10 @@ flat = Foreign(Flat(), (1, 8, 8), 17)
 def exits():
     raise SystemExit(0)
 
+positive = Foreign(torch.distributions.Independent(
+    torch.distributions.LogNormal(torch.zeros(2), torch.ones(2), validate_args=True), 1
+), (2,))
+
 def beside():
     import settings
     return settings.flow
@@ -241,10 +247,14 @@ def test_commands_take_a_flow_of_a_file(tmp_path):
         ("evaluate", "link.py:beside"),
         ("ood", "own.py:flow", "--data", "noise"),
         ("sample", "own.py:flow"),
+        # The mesh around the points leaves the domain of this density.
+        ("sample", "own.py:positive", "--set", "data.name=two_moons"),
     ):
         done = quick(name, *words, "--num-images", 8, cwd=tmp_path).ok()
         assert f"running the code of {words[0].partition(':')[0]}" in done.err
     assert (tmp_path / "runs/foreign/own-flow/evaluate-test.json").exists()
+    done = quick("sample", "own.py:positive", cwd=tmp_path)
+    done.failed(2, "cannot be evaluated by own.py:positive")
 
 
 @pytest.mark.run
@@ -281,3 +291,5 @@ def test_an_archive_cannot_name_code(tmp_path):
     """A path that exists is a checkpoint, whatever its name."""
     (tmp_path / "own.py:flow").touch()
     assert not is_foreign(str(tmp_path / "own.py:flow")) and is_foreign("own.py:flow")
+    (tmp_path / "run.py").mkdir()
+    assert not is_foreign(str(tmp_path / "run.py"))

@@ -65,6 +65,8 @@ def doctor(
     write_json(diagnosis.as_json(findings, loaded, data, num_images, seed), json_out, path)
     for check in diagnosis.BOUNDS:
         _print(check, [finding for finding in findings if finding.check == check])
+    if not any(finding.check == "integral" for finding in findings):
+        console.print("the integral of the density was not checked")
     console.print(f"verdict: {diagnosis.overall(findings)} ({_counts(findings)})")
     diagnosis.require_none_bad(findings)
 

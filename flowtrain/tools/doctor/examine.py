@@ -191,4 +191,6 @@ def check(
     model = LoadedModel(
         flow.eval().requires_grad_(False), configuration.parse({}), "raw", described
     )
-    return examine_on(images, model, train=seen, seed=seed)
+    # The caller's bfloat16 would be an error of the flow.
+    with torch.autocast(flow.device.type, enabled=False):
+        return examine_on(images, model, train=seen, seed=seed)

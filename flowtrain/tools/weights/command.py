@@ -39,7 +39,8 @@ def import_(
     """Convert the weights of another project's model to a checkpoint for all commands.
 
     The model computes the same function. KEY=VALUE names its training data, which determine the
-    size and the levels of images: data.name=cifar10. No code in FILE is run.
+    size and the levels of images: data.name=cifar10. Keys of dequantization name a logit or
+    Gaussian noise, if the project used one. No code in FILE is run.
     """
     from flowtrain.system.console import console
     from flowtrain.tools.weights.convert import import_file

@@ -433,6 +433,22 @@ def test_values_of_a_domain():
     flow = distributions.TransformedDistribution(base, steps)
     found = flowtrain.check(Foreign(flow, (2,)), flow.sample((8,)))
     assert [f for f in found if f.verdict == "bad"] == []
+    # The rectangle around samples in a triangle has cells outside of it.
+
+    class Triangle:
+        """Uniform on u + v <= 1."""
+
+        def log_prob(self, v):
+            if (v.sum(dim=1) > 1).any():
+                raise ValueError("outside of the triangle")
+            return v.new_full((len(v),), math.log(2))
+
+        def sample(self, n):
+            u = 0.999 * torch.rand(n, 2)
+            return torch.where(u.sum(dim=1, keepdim=True) > 0.999, 0.999 - u, u)
+
+    found = flowtrain.check(Foreign(Triangle(), (2,)), Triangle().sample(64))
+    assert [f for f in found if f.verdict == "bad"] == []
 
 
 def test_layers_of_large_images_that_take_no_part(monkeypatch):
@@ -449,6 +465,11 @@ def test_layers_of_large_images_that_take_no_part(monkeypatch):
     found = checked(Foreign(flow, (1, 32, 32), BINS), 4)
     assert bad(found) == {} and ("log-det", "flow", IMAGES) not in found
     assert ("log-det", "", IMAGES) in found
+
+
+def test_the_autocast_of_the_caller():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bad(checked(Foreign(flows.Coupling(), (2,)))) == {}
 
 
 def test_a_layer_that_a_flow_calls_twice():

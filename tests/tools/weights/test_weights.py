@@ -4,6 +4,7 @@ images and results of the projects' own code, by `make.py` of commit 08f3465 in 
 
 import json
 import math
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -148,6 +149,7 @@ def nested():
     "content, said",
     [
         (lambda path: path.write_bytes(b"PK\x03\x04 damaged"), "not a file of torch.save"),
+        (lambda path: path.write_bytes(pickle.dumps(print, 4)), "not a file of torch.save"),
         (lambda path: torch.save({"model": Evil()}, path), "not a file of torch.save"),
         (lambda path: torch.save({"a": bytearray(9)}, path), "not a file of torch.save"),
         (compressed, "not a file of torch.save"),
@@ -159,12 +161,13 @@ def nested():
         (lambda path: torch.save({"a": torch.ones(1).expand(10**9)}, path), "larger than the file"),
     ],
 )
-def test_other_files_are_refused(content, said, tmp_path, monkeypatch):
+def test_other_files_are_refused(content, said, tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.pt"
     content(path)
     with pytest.raises(UserError, match=f"{path}: .*{said}"):
         read(path, "a")
+    assert not any("pickle protocol" in str(each.message) for each in recwarn)
     assert not (tmp_path / "executed").exists()
 
 
