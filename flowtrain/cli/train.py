@@ -155,6 +155,8 @@ def train(
 
     if extend and resume != "auto":
         raise UserError(f"--extend: uses the last checkpoint, so not with --resume {resume}")
+    if init_from and (extend or resume not in ("auto", "never")):
+        raise UserError("--init-from: starts a run, so not with --extend or --resume CHECKPOINT")
     data, settings.settings = _data_and_settings(settings.settings or [], config)
     words = settings.words("; a configuration is named by --config")
     target = device_of(device, announce=True)

@@ -2,8 +2,8 @@
 
 An image `x` in {0..Q-1} becomes `y = (x + u) / Q` in [0, 1). The noise `u` has a density q(u|x),
 uniform or learned (`variational.py`). Centring (`y - 1/2`) or the logit makes `y` the input of the
-flow. `to_data` is the exact inverse. No other module computes with the number of levels, the noise,
-the logit's alpha or their log-determinants.
+flow. `to_data` is the exact inverse, except with Gaussian noise, which may leave the level. No
+other module computes with the logit's alpha or its log-determinant.
 """
 
 import math

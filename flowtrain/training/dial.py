@@ -218,7 +218,15 @@ def _measured(
         batch, parts = batch // 2, 2 * parts
     keys = {"batch_size": batch, "accumulate": parts}
     config = config.model_copy(update={"train": train.model_copy(update=keys)})
-    seconds = seconds_of_a_step(prepared(config, data, device), batch * parts)
+    state, reason = None, ""
+    try:
+        state = prepared(config, data, device)
+    except UserError as error:  # perhaps of this process alone
+        reason = str(error)
+    if reasons := [each for each in distributed.all_gather_object(reason) if each]:
+        raise UserError(reasons[0])
+    assert state is not None
+    seconds = seconds_of_a_step(state, batch * parts)
     return Step(train.precision, batch, parts, max(distributed.all_gather_object(seconds)))
 
 

@@ -57,6 +57,9 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
             )
         return None
     if resume == "auto":
+        written = run.checkpoints.glob(f"*{checkpoint_format.SUFFIX}")
+        if not run.last.exists() and any(written):
+            raise UserError(f"{run.last}: it is missing\n{_sound_checkpoints(run)}")
         return run.last if run.last.exists() else None
     if resume == EXTEND:
         if not run.last.exists():
@@ -154,7 +157,7 @@ def _changes(earlier: Config, config: Config) -> list[Change]:
 
 
 def _is_schedule(key: str) -> bool:
-    return key.startswith("train.") and key != "train.optimizer"
+    return key.startswith("train.") and key not in ("train.optimizer", "train.clock")
 
 
 def _other_values(path: Path, changes: list[Change]) -> UserError:

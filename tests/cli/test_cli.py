@@ -202,6 +202,9 @@ def test_init_from(run, tmp_path):
     assert tuned.meta["step"] == 1
     for name, weights in source.part("ema").items():
         torch.testing.assert_close(tuned.part("model")[name], weights, rtol=0, atol=0)
+    for words in (["--extend"], ["--resume", str(best)]):
+        again = quick("train", *options, *words, "--init-from", run, cwd=tmp_path)
+        again.failed(2, "--init-from: starts a run")
 
 
 def test_dry_run(tmp_path):

@@ -142,6 +142,21 @@ def test_the_measured_step_fits_into_the_memory(tmp_path, monkeypatch):
     assert dial._measured(config, data, CPU) is None
 
 
+def test_a_size_that_one_process_alone_refuses_is_refused_by_all(tmp_path, monkeypatch):
+    npz(tmp_path / "x.npz", 20)
+    config = load_config(
+        find_config("causal_digits"), ["data.name=npz", f"data.path={tmp_path / 'x.npz'}"]
+    )
+    gathered = dial.distributed.all_gather_object
+
+    def with_another(value):
+        return [value, "no room"] if value == "" else gathered(value)
+
+    monkeypatch.setattr(dial.distributed, "all_gather_object", with_another)
+    with pytest.raises(UserError, match="no room"):
+        dial._measured(config, dial.DataSet(config.data), CPU)
+
+
 @pytest.mark.run
 def test_images_too_small_for_a_larger_size_get_the_smaller_one(tmp_path, capsys):
     npz(tmp_path / "x.npz", 15000, shape=(3, 50))

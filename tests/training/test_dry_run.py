@@ -1,6 +1,8 @@
 """The measurements of `train --dry-run`, against the sizes of layers and a real step."""
 
+import itertools
 import re
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -173,6 +175,20 @@ def test_a_batch_that_does_not_fit(monkeypatch):
     (few,) = [each.largest_batch for each in cost.memory.modes if each.mode == "store"]
     assert 1 <= few < 4096
     assert dry_run(small(f"train.batch_size={few}").config, CPU).step_seconds > 0
+
+
+@pytest.mark.parametrize(
+    "length, clock, seconds",
+    [("budget=1h", "wall", 2), ("budget=1h", "processor", 7), ("num_steps=9", "processor", 2)],
+)
+@pytest.mark.run
+def test_a_step_is_timed_by_the_clock_of_the_budget(length, clock, seconds, monkeypatch):
+    """Several threads use more time of the processor than passes."""
+    clocks = {"perf_counter": itertools.count(0, 2), "process_time": itertools.count(0, 7)}
+    nows = {name: clock.__next__ for name, clock in clocks.items()}
+    monkeypatch.setattr(module, "time", SimpleNamespace(**nows))
+    config = small(f"train.{length}", f"train.clock={clock}").config
+    assert dry_run(config, CPU).step_seconds == seconds
 
 
 @compiles

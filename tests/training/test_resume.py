@@ -233,6 +233,7 @@ def test_a_finished_run_is_left_alone(run, tmp_path):
     assert "nothing to do" in quick("train", *TINY_RUN, cwd=tmp_path).ok().out
     last(run).unlink()
     refused(run, [], "--resume never", "never")
+    refused(run, [], "last.safetensors: it is missing\nsound checkpoints of this run: .*step 20")
 
 
 def test_changed_keys_are_named(run):
@@ -269,6 +270,7 @@ def test_a_finished_run_is_extended(run, tmp_path):
         (["train.budget=1e-3s"], "--extend: .* has used .*: give a larger train.budget"),
         (["train.num_steps=40", "model.width=9"], "has model.width=9\n"),
         (["train.num_steps=40", "train.optimizer=adamax"], "has train.optimizer=adamax\n"),
+        (["train.num_steps=40", "train.clock=processor"], "has train.clock=processor\n"),
         (["train.num_steps=40", "train.ema=0"], "train.ema: .* was trained with 0.999"),
     ):
         refused(run, words, message, resume.EXTEND)

@@ -75,6 +75,7 @@ def push(
     Uploading needs the extra hf and an account (`hf auth login`).
     """
     from flowtrain.checkpoints import about, hub
+    from flowtrain.checkpoints import format as checkpoint_format
     from flowtrain.checkpoints.load import run_of
     from flowtrain.pictures import draw, grid
     from flowtrain.pictures import sample as sampling
@@ -99,6 +100,8 @@ def push(
             raise UserError(
                 f"{folder}: holds {name}, which push has not written; choose another folder (--out)"
             )
+    if there:
+        checkpoint_format.read(folder / hub.FILE)  # another program's would be lost
 
     def samples() -> bytes:
         picture = draw.drawing(flow, lambda: data_of(loaded, None).split("test"))

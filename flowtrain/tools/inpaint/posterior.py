@@ -12,7 +12,7 @@ Models of levels (`bijections/ordinal.py`) give the probability of each entry gi
 before it. Entries after the last known one are drawn from these directly, each sample anew. Earlier
 ones start there, and then move like all others. Their force is the derivative with respect to the
 levels, at whole numbers. The Metropolis test takes the exact probabilities, so the result is exact.
-Between the moves, single entries are drawn anew (`_Redraws`), so a black pixel can become white.
+Between the moves, a few entries are drawn anew (`_Redraws`), so a black pixel can become white.
 """
 
 import dataclasses
@@ -193,7 +193,9 @@ class _Sampler:
 
     @property
     def beginning(self) -> int:
-        """The moves before the density has the power 1, or as many gradients in latents."""
+        """The moves before the density has the power 1, or `LEAPFROG` times as many gradients in
+        latents.
+        """
         return round(BEGINNING * self.moves)
 
     def start_from_latents(self) -> Tensor:

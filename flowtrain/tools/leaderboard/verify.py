@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowtrain.checkpoints import record
@@ -190,7 +191,10 @@ def _are_in_events(found: Record, split: str) -> bool:
     # It warns of the steps that a resumed run logged twice, and leaves the first ones out.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     require_regular(found.path)  # TensorBoard would wait for the writer of a pipe
-    events = EventAccumulator(str(found.path), size_guidance={"scalars": 0}).Reload()
+    try:
+        events = EventAccumulator(str(found.path), size_guidance={"scalars": 0}).Reload()
+    except DecodeError:
+        return False
     tag = f"{split}/loss"
     points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
     logged = {point.step: point.value for point in points if math.isfinite(point.value)}

@@ -10,6 +10,7 @@ from cli_helpers import quick
 from helpers import CPU
 from PIL import Image
 from run_files import TEST
+from safetensors.torch import save_file
 
 from flowtrain.checkpoints.load import load_model, model_hash
 from flowtrain.tools.hub import page
@@ -69,6 +70,12 @@ def test_other_files_are_not_overwritten(run, tmp_path):
         done.failed(2, f"mine: holds {name}, which push has not written")
         assert (folder / name).read_text() == "mine" and len(list(folder.iterdir())) == 1
         (folder / name).unlink()
+    foreign = folder / "model.safetensors"
+    save_file({"weight": torch.zeros(1)}, foreign)
+    before = foreign.read_bytes()
+    quick(*push, cwd=tmp_path).failed(2, "mine/model.safetensors")
+    assert foreign.read_bytes() == before
+    foreign.unlink()
     (folder / ".git").mkdir()
     for _ in range(2):
         quick(*push, cwd=tmp_path).ok()
