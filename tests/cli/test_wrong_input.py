@@ -218,6 +218,7 @@ TABLE = [
     ("ood run", "IMAGES: give a folder, an image file or a name"),
     ("ood run noise --false-positives 1:100", "'--false-positives': 1:100", "such as 1% or 0.01"),
     ("ood run noise --maps text", "--maps text: ", "text is not a folder"),
+    ("ood run sub --maps sub/heat", "--maps sub/heat: is in sub, whose images are compared"),
     ("quality points", "real values; the figures are of images"),
     ("quality given", GIVEN),
     ("quality run --images sub --temperature 0.5", "--images: not with options of sampling"),

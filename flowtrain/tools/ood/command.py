@@ -182,6 +182,9 @@ def ood(
     names = [*(outside or []), *options.images()]
     if not names:
         raise UserError("IMAGES: give a folder, an image file or a name, such as mnist or noise")
+    for name in names:
+        if maps is not None and maps.resolve().is_relative_to(Path(name).resolve()):
+            raise UserError(f"--maps {maps}: is in {name}, whose images are compared")
     console.stderr = json_out == "-"
     loaded = options.load_model(conditional=True, mirror=mirror)
     path = output(json_out, loaded, "ood.json", "--json")
