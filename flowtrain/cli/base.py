@@ -83,6 +83,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             fail(raised(error), RunError.exit_code)
 
     flat = [p for name in parameters for p in fields.get(name, {name: parameters[name]}).values()]
+    # Typer would keep the line breaks of all paragraphs but the first.
+    wrapped.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
     wrapped.__annotations__ = {each.name: each.annotation for each in flat}
     # By name, as Typer passes them, so those without a default may follow.
     flat = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in flat]

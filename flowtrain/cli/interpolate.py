@@ -28,8 +28,9 @@ EPILOG = (
 @on_one_process
 def interpolate(
     pairs: Annotated[
-        int, typer.Option(min=1, help="Number of pairs of test images, one row each.")
-    ] = 4,
+        int | None,
+        typer.Option(min=1, help="Number of pairs of test images, one row each.", show_default="4"),
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Images per row, the ends included.")] = 8,
     files: Annotated[
         tuple[Path, Path] | None,
@@ -109,7 +110,8 @@ def interpolate(
     from flowtrain.system.files import save
 
     suffix = check_suffix(out, (".png", ".gif"))
-    _check(files, from_class, to_class, along, strength, image)
+    _check(files, from_class, to_class, along, strength, image, stop, pairs)
+    pairs = pairs or 4
     if files is not None and options.words():
         raise UserError("--images: not with KEY=VALUE")
     loaded = options.load_model()
@@ -176,6 +178,8 @@ def _check(
     along: str | None,
     strength: float,
     image: list[Path] | None,
+    stop: bool,
+    pairs: int | None,
 ) -> None:
     """Raises `UserError` for options that do not go together."""
     if files is not None and str(files[1]).startswith("-"):  # the next option
@@ -188,7 +192,9 @@ def _check(
         raise UserError("--along and --from-class: give one of the two")
     if along is not None and files is not None:
         raise UserError("--images: with --along, give each image by --image")
-    if along is None and (image or strength != 1.0):
-        raise UserError("--image and --strength: they need --along")
+    if along is None and (image or strength != 1.0 or not stop):
+        raise UserError("--image, --strength and --no-stop: they need --along")
+    if pairs is not None and (files or image):
+        raise UserError(f"--pairs {pairs}: not with image files, which are given one by one")
     if not math.isfinite(strength):
         raise UserError(f"--strength {strength}: expected a finite number")

@@ -101,7 +101,9 @@ def _columns(path: Path) -> tuple[list[str], bool]:
         texts = next(csv.reader([first]), [])
         if not texts:
             raise UserError(f"{KEY}{path}: it has no rows")
-        named = bool(texts) and not any(map(_is_number, texts))
+        if len(texts) == 1 and any(other in first for other in ";\t"):
+            raise UserError(f"{KEY}{path}: expected commas between the values")
+        named = not any(map(_is_number, texts))
     return texts if named else [f"column {i}" for i in range(len(texts))], named
 
 

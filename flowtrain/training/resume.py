@@ -238,7 +238,11 @@ def start(
 def _initialize(config: Config, flow: Flow, init_from: str | None, batches: Batches) -> None:
     if init_from is not None:
         found = checkpoint_format.read(find(init_from))
-        weights = load_weights(flow, found)
+        try:
+            weights = load_weights(flow, found)
+        except UserError as error:
+            advice = "name its configuration by --config, and your data by data.name and data.path"
+            raise UserError(f"--init-from: {error}: {advice}") from None
         console.print(
             f"--init-from: starts from the {weights} weights of {found.path}, step "
             f"{found.meta['step']:,}"

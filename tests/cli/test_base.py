@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -97,6 +98,12 @@ def test_a_run_where_nothing_can_be_written_is_refused_first(
     assert "there is no permission to write into" in said
     option = "--json" if name in ("evaluate", "ood", "doctor") else "--out"
     assert (f": give {option} FILE\n" in said) == (name not in ("attributes", "push", "quality"))
+
+
+def test_help_texts_are_wrapped_by_the_terminal_alone():
+    """Typer keeps line breaks within a paragraph."""
+    for each in app.registered_commands:
+        assert not re.search(r"[^\n]\n[^\n]", each.callback.__doc__), each.callback
 
 
 def test_the_number_of_threads_is_printed_by_training_alone(monkeypatch, capsys):

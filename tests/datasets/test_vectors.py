@@ -83,6 +83,7 @@ def saved(**changes):
          r"cannot be read \(.*Line #3 .got 1 columns instead of 2"),
         ("a.csv", lambda path: path.write_text("a,b\n1,2,3\n4,5,6\n"),
          "its first line has 2 columns, and its rows have 3"),
+        ("a.csv", lambda path: path.write_text("a;b\n1;2\n"), "expected commas between the val"),
         ("a.csv", lambda path: path.write_text(""), "it has no rows"),
         ("a.csv", lambda path: path.write_text("\n\n"), "it has no rows"),
         ("a.csv", lambda path: path.write_bytes(b"\xff\xfe1"), r"a.csv cannot be read \(.*codec"),

@@ -62,8 +62,8 @@ class Quality:
 def statistics_in(path: Path) -> Statistics | None:
     """`mu` and `sigma` of an .npz file, the usual format. None for a file of images.
 
-    Raises `UserError` for arrays of other shapes or types, or with values that are not finite or
-    too large.
+    Raises `UserError` for arrays of other shapes or types, values that are not finite or too
+    large, and a `sigma` that is not the covariance of any features.
     """
     file = ArrayFile(path)
     if not {"mu", "sigma"} <= set(file.names):
@@ -72,6 +72,10 @@ def statistics_in(path: Path) -> Statistics | None:
     sigma = file.read("sigma", "f", (len(mu), len(mu))).astype(np.float64)
     if not all((np.abs(each) < LARGEST).all() for each in (mu, sigma)):
         raise UserError(f"{path}: the statistics are not finite, or beyond {LARGEST:g}")
+    # Rounding of the entries to float32 moves an eigenvalue by less.
+    error = sigma.size**0.5 * np.finfo(np.float32).eps * np.abs(sigma).max()
+    if np.abs(sigma - sigma.T).max() > error or np.linalg.eigvalsh(sigma)[0] < -error:
+        raise UserError(f"{path}: sigma is no covariance: not symmetric, or of negative variances")
     return Statistics(mu, sigma)
 
 

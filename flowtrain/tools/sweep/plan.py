@@ -81,8 +81,11 @@ def planned(values: Mapping[str, Any], base: Config, where: str) -> Plan:
         raise UserError(f"{where}: give either --seconds or --images, the budget of a trial")
     if not base.data.validation:
         raise UserError("data.validation: 0, but rows are compared on the validation images")
+    for key, x in plan.ranges.items():
+        if not isinstance(x, list) and not {"low", "high"} <= set(x):
+            raise UserError(f"{where}: ranges: {key}: expected a list of values, or low and high")
     ranges: dict[str, list[Any]] = {
-        key: x if isinstance(x, list) else [x.get("low"), x.get("high")]
+        key: x if isinstance(x, list) else [x["low"], x["high"]]
         for key, x in plan.ranges.items()
     }
     firsts = {key: values[0] for key, values in ranges.items()}

@@ -145,6 +145,10 @@ def test_statistics_in_a_file(tmp_path):
     np.savez(file, mu=mu, sigma=sigma[:2])
     with pytest.raises(UserError, match="sigma has the shape .2, 3., expected 3 x 3"):
         figures.statistics_in(file)
+    for wrong in (-sigma, sigma + sigma.cumsum(axis=1)):
+        np.savez(file, mu=mu, sigma=wrong)
+        with pytest.raises(UserError, match="sigma is no covariance"):
+            figures.statistics_in(file)
 
 
 class Stub(nn.Module):
