@@ -1,5 +1,5 @@
-"""The integral of a density on the line, in the plane, on a torus or on the sphere, by quadrature,
-and the sum of the probabilities of images.
+"""The integral of a density on the line, in the plane, on a torus or on the sphere, by quadrature;
+bounds of it in more dimensions; and the sum of the probabilities of images.
 """
 
 import math
@@ -23,14 +23,18 @@ AT_A_TIME = 256  # images
 ALL_IMAGES = 4096  # the most possible images of which all are evaluated
 DRAWS = 16  # of the noise, for each of them
 CERTAIN = 20  # nats; a sum of probabilities exceeds exp(20) by chance in exp(-20) of cases
+MOST_DIMS = 64  # of a Gaussian that is fitted to samples
+SAMPLES = 8192
+STAKES = 0.5 ** torch.arange(1, 11, dtype=torch.float64)  # shares of the capital in each bet
 
 
 def check_integral(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
-    """Checks that the density integrates to 1, for one or two dimensions or the sphere.
+    """Checks that the density integrates to 1.
 
-    The midpoint rule on a mesh covers the sphere, a torus, or the part of the space with data `x`
-    and the samples of latents `z`. There the integral is at most 1. A mesh of half the side shows
-    the error of the rule: if it is as large as the excess, the excess is harmless.
+    In one or two dimensions, the midpoint rule on a mesh covers the sphere, a torus, or the part of
+    the space with data `x` and the samples of latents `z`. There the integral is at most 1. A mesh
+    of half the side shows the error of the rule: if it is as large as the excess, the excess is
+    harmless.
     """
     surface = flow.kind.on_surface
     if flow.num_bins is not None:
@@ -38,7 +42,9 @@ def check_integral(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
         if flow.kind.no_bits is None and flow.image_context is None:
             _check_sum(flow, x, z, notes)
         return
-    if not (surface or flow.dims <= 2):
+    if flow.dims > 2 and not surface:
+        if flow.dims <= MOST_DIMS:
+            _check_ratios(flow, notes)
         return
     torus = any(layer.of_angles for layer in layers_of(flow).values()) and not surface
     try:
@@ -59,6 +65,53 @@ def check_integral(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
     excess = abs(fine - 1) if torus or surface else max(0.0, fine - 1)
     estimated = isinstance(flow, ForeignModel) and flow.is_random  # exp of it is too large
     notes.add("integral", excess, harmless=estimated or abs(fine - coarse) > excess / 2)
+
+
+def _check_ratios(flow: Flow, notes: Notes) -> None:
+    """Compares the density p with a Gaussian q, which is fitted to half of the flow's samples.
+
+    The mean of p / q over draws of q is the integral of p in their range, and the mean of q / p
+    over the other samples is at most 1 if p is their density. In bets that are fair if a mean is 1
+    (Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting"), the
+    capital reaches exp(20) with probability exp(-20) (Ville's inequality).
+    """
+    try:
+        z = flow.latents_of_classes(flow.draw_latents(SAMPLES, generator(0, Stream.LATENTS)))
+        samples = flow.decode(z).flatten(1).double().cpu()
+        fitted, others = samples[samples.isfinite().all(dim=1)].chunk(2)
+        covariance = fitted.T.cov() + 1e-9 * fitted.var(dim=0).diag()
+        gaussian = torch.distributions.MultivariateNormal(fitted.mean(dim=0), covariance)
+        noise = torch.randn(fitted.shape, dtype=fitted.dtype, generator=generator(0, Stream.PAIRS))
+        drawn = gaussian.loc + noise @ gaussian.scale_tril.T
+        # Outside of the samples' range, a density may be undefined, or periodic.
+        inside = ((drawn > others.amin(dim=0)) & (drawn < others.amax(dim=0))).all(dim=1)
+        over = _log_prob(flow, drawn[inside]) - gaussian.log_prob(drawn[inside])
+        under = gaussian.log_prob(others) - _log_prob(flow, others)
+    except Exception as error:
+        if not (isinstance(flow, ForeignModel) and isinstance(error, RunError)):
+            notes.failed(("integral",), error)
+        return
+    excess, words = 0.0, ""
+    for log_ratios, sign in ((over, 1), (under, -1)):
+        ratios = log_ratios.nan_to_num(-math.inf, -math.inf).clamp(max=700).exp()
+        ratios = torch.cat([ratios, ratios.new_zeros(len(inside) - len(ratios))])
+        capitals = (STAKES[:, None] * (ratios - 1)).log1p().sum(dim=1)
+        mean = float(ratios.mean())
+        if log_mean_exp(capitals) > CERTAIN and mean - 1 > excess:
+            excess, words = mean - 1, f"it is about {mean**sign:.4g}"
+            words += ", or the samples are not from the density" if sign < 0 else ""
+    estimated = isinstance(flow, ForeignModel) and flow.is_random
+    notes.add("integral", excess, harmless=estimated, reason=words)
+
+
+def _log_prob(flow: Flow, points: Tensor) -> Tensor:
+    """The log-density of points `(N, D)`, in float64 on the CPU."""
+    randomness = generator(0, Stream.EVALUATION)  # not used by a density, but drawn
+    x = points.to(flow.dtype).reshape(-1, *flow.shape)
+    parts = [
+        flow.log_prob(part.to(flow.device), randomness).double().cpu() for part in x.split(BATCH)
+    ]
+    return torch.cat(parts)
 
 
 def _check_sum(flow: Flow, x: Tensor, z: Tensor, notes: Notes) -> None:
@@ -113,12 +166,7 @@ def _integral(flow: Flow, ends: list[tuple[float, float]], side: int) -> float:
     if len(ends) == 1:
         area = (ends[0][1] - ends[0][0]) / side**2
         line = ends[0][0] + area * (torch.arange(side**2, dtype=torch.float64) + 0.5)
-        cells = line.to(flow.dtype).reshape(-1, *flow.shape)
+        cells = line[:, None]
     else:
         cells, area = mesh(flow, (*ends[0], *ends[1]), side)
-    randomness = generator(0, Stream.EVALUATION)  # not used by a density, but drawn
-    parts = [
-        flow.log_prob(part.to(flow.device), randomness).double().exp().sum()
-        for part in cells.split(BATCH)
-    ]
-    return float(sum(parts)) * area
+    return float(_log_prob(flow, cells.flatten(1)).exp().sum()) * area

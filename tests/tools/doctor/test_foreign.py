@@ -351,6 +351,7 @@ def density(flow, change=lambda own, self, x: own(x) + 1):
     return flow
 
 
+LESS = lambda own, self, x: own(x) - 1  # noqa: E731
 CHANGE = "parameters that change"
 READS = of_points(lambda: density(flows.Mixture(), lambda own, self, x: own(x - x.mean(0))))
 # With a tensor on the CPU, and in float32.
@@ -374,6 +375,8 @@ SOLVED = having(
         (of_points(lambda: density(flows.normflows_points())), "log_prob", "it is not the base"),
         (of_points(lambda: density(flows.Mixture())), "integral", ""),
         (lambda: Foreign(density(flows.Mixture(1)), (1,)), "integral", ""),
+        (lambda: Foreign(density(flows.Mixture(4)), (4,)), "integral", "it is about 2."),
+        (lambda: Foreign(density(flows.Mixture(4), LESS), (4,)), "integral", "or the samples are"),
         (of_points(Sets), CHANGE, "the first batch sets means"),
         (READS, OTHERS, "its log-density reads them"),
         # far from 0, as in the tails of a spline
@@ -406,6 +409,7 @@ def test_what_is_no_fault():
     for contract in (
         Foreign(masked, (2,)),
         Foreign(flows.Mixture(1), (1,)),
+        Foreign(flows.Mixture(4), (4,)),
         Foreign(flows.Noisy(), SHAPE, BINS, adds_noise=True),
     ):
         assert bad(checked(contract)) == {}
