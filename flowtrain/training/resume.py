@@ -56,15 +56,14 @@ def _path_to_resume(run: RunDirectory, resume: str) -> Path | None:
                 f"--resume never: {run.path} holds a run; choose another --run-dir, or remove it"
             )
         return None
-    if resume == "auto":
-        written = run.checkpoints.glob(f"*{checkpoint_format.SUFFIX}")
-        if not run.last.exists() and any(written):
-            raise UserError(f"{run.last}: it is missing\n{_sound_checkpoints(run)}")
-        return run.last if run.last.exists() else None
-    if resume == EXTEND:
-        if not run.last.exists():
+    if resume in ("auto", EXTEND):
+        if run.last.exists():
+            return run.last
+        if any(run.checkpoints.glob(f"*{checkpoint_format.SUFFIX}")):
+            raise UserError(f"{run.last}: it is missing\n{_sound_checkpoints(run, resume)}")
+        if resume == EXTEND:
             raise UserError(f"--extend: {run.path} holds no run to continue")
-        return run.last
+        return None
     path = find(resume)
     if run.last.exists() and path.resolve().parent != run.checkpoints.resolve():
         raise UserError(
@@ -89,7 +88,7 @@ def checkpoint_to_resume(config: Config, run: RunDirectory, resume: str) -> Chec
             distributed.barrier()  # process 0, which has the files, ends all with its message
         if not run.last.exists():
             raise
-        raise UserError(f"{error}\n{_sound_checkpoints(run)}") from error
+        raise UserError(f"{error}\n{_sound_checkpoints(run, resume)}") from error
     if saved is None:
         return None
     if saved.meta["progress"] is None:
@@ -127,7 +126,7 @@ def _require_longer(train: Train, saved: Checkpoint) -> None:
         )
 
 
-def _sound_checkpoints(run: RunDirectory) -> str:
+def _sound_checkpoints(run: RunDirectory, resume: str) -> str:
     """Advice for a damaged last checkpoint: up to `SHOWN` sound ones of the run, newest first, and
     the command that resumes the newest.
     """
@@ -143,9 +142,10 @@ def _sound_checkpoints(run: RunDirectory) -> str:
         return "no other checkpoint of this run is sound: to start anew, remove the directory"
     step, newest = max(sound, key=lambda pair: pair[0])
     named = ", ".join(f"{file.name} (step {step})" for step, file in sound)
+    where = "in place of --extend" if resume == EXTEND else "to the command"
     return (
         f"sound checkpoints of this run: {named}\n"
-        f"to continue from step {step}, add --resume {shlex.quote(str(newest))} to the command"
+        f"to continue from step {step}, add --resume {shlex.quote(str(newest))} {where}"
     )
 
 

@@ -234,6 +234,7 @@ def test_a_finished_run_is_left_alone(run, tmp_path):
     last(run).unlink()
     refused(run, [], "--resume never", "never")
     refused(run, [], "last.safetensors: it is missing\nsound checkpoints of this run: .*step 20")
+    refused(run, [], "it is missing\n.*\n.*add --resume .* in place of --extend", resume.EXTEND)
 
 
 def test_changed_keys_are_named(run):
