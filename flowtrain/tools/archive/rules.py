@@ -35,7 +35,7 @@ from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.errors import UserError
-from flowtrain.tools.archive.stack import LARGEST_SIZE, Stack, scale, unscale, whole
+from flowtrain.tools.archive.stack import LARGEST_SIZE, Stack, finite, scale, unscale, whole
 
 # Precision of a slope. The coder's own precision is 24 bits; a size of n loses n / 2**24 of it.
 SLOPE_BITS = 9
@@ -70,13 +70,6 @@ def chain(rules: list[Rule]) -> Rule:
         return z
 
     return Rule(forward, inverse)
-
-
-def finite(x: Tensor) -> Tensor:
-    """x, or `FloatingPointError`: no whole number stands for a value that is not finite."""
-    if not torch.isfinite(x).all():
-        raise FloatingPointError("a weight, or what a network computes, is not finite")
-    return x
 
 
 def monotone(

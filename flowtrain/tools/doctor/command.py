@@ -33,7 +33,6 @@ def doctor(
     num_images: Annotated[
         int,
         typer.Option(
-            "--num-images",
             min=1,
             metavar="N",
             help="Number each of test images, noise images, and samples.",

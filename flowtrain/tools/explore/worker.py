@@ -137,7 +137,6 @@ class Worker:
             self._changed.notify()
 
     def end(self) -> None:
-        """Ends the thread, and waits for it."""
         self.stop()
         self._thread.join()
 

@@ -56,13 +56,13 @@ def push(
     licence: Annotated[
         str,
         typer.Option(
-            "--licence", metavar="NAME", help="The licence of the weights, as the hub names it."
+            metavar="NAME", help="The licence of the weights, as the hub names it."
         ),
     ] = "unknown",
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="Folder of the files.", show_default="push in the run"
+            metavar="DIR", help="Folder of the files.", show_default="push in the run"
         ),
     ] = None,
     weights: WeightsOption = None,

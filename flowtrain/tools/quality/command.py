@@ -49,7 +49,6 @@ def quality(
     images: Annotated[
         str | None,
         typer.Option(
-            "--images",
             metavar="NAME|PATH",
             help="Measure these instead of samples. " + IMAGES,
             show_default="samples of the model",
@@ -73,7 +72,6 @@ def quality(
     num_images: Annotated[
         int,
         typer.Option(
-            "--num-images",
             min=1,
             metavar="N",
             help="Number of samples; of --images, at most so many.",

@@ -121,7 +121,6 @@ class Glow:
             flow.class_prior.log_scale.copy_(self._unbounded(log_scale + of_latents.log()))
 
     def _unbounded(self, log_scale: Tensor) -> Tensor:
-        """The parameters of log-scales."""
         limit = 0.99 * LOG_SCALE_LIMIT  # of `unbounded`
         if log_scale.abs().max() > limit:
             raise UserError(
