@@ -107,26 +107,15 @@ def monotone(
 def shifted(shift: Tensor, bits: int) -> Rule:
     """`x + shift`, which takes no bits."""
     units = whole(finite(shift), bits)
-
-    def forward(x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return x + units
-
-    def inverse(z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return z - units
-
-    return Rule(forward, inverse)
+    return Rule(lambda x, context, stack: x + units, lambda z, context, stack: z - units)
 
 
 def scaled(numerator: Tensor, denominator: Tensor) -> Rule:
     """`x * numerator / denominator`, broadcast."""
-
-    def forward(x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return scale(x, numerator, denominator, stack)
-
-    def inverse(z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return unscale(z, numerator, denominator, stack)
-
-    return Rule(forward, inverse)
+    return Rule(
+        lambda x, context, stack: scale(x, numerator, denominator, stack),
+        lambda z, context, stack: unscale(z, numerator, denominator, stack),
+    )
 
 
 def closest_fractions(slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,15 +206,10 @@ def _(layer: Multiscale, bits: int) -> Rule:
 
 @rule.register
 def _(layer: Squeeze | Flatten | Permute | Reverse | HalvePixels, bits: int) -> Rule:
-
-    def forward(x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        z: Tensor = layer.forward(x)[0]
-        return z
-
-    def inverse(z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return layer.inverse(z)[0]
-
-    return Rule(forward, inverse)
+    return Rule(
+        lambda x, context, stack: layer.forward(x)[0],
+        lambda z, context, stack: layer.inverse(z)[0],
+    )
 
 
 @rule.register
