@@ -207,8 +207,7 @@ def _(layer: Multiscale, bits: int) -> Rule:
 @rule.register
 def _(layer: Squeeze | Flatten | Permute | Reverse | HalvePixels, bits: int) -> Rule:
     return Rule(
-        lambda x, context, stack: layer.forward(x)[0],
-        lambda z, context, stack: layer.inverse(z)[0],
+        lambda x, context, stack: layer.forward(x)[0], lambda z, context, stack: layer.inverse(z)[0]
     )
 
 

@@ -33,9 +33,7 @@ def doctor(
     num_images: Annotated[
         int,
         typer.Option(
-            min=1,
-            metavar="N",
-            help="Number each of test images, noise images, and samples.",
+            min=1, metavar="N", help="Number each of test images, noise images, and samples."
         ),
     ] = 64,
     seed: SeedOption = 0,

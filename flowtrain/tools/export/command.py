@@ -42,9 +42,7 @@ def export(
     ] = "onnx",
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Output folder.", show_default="export in the run"
-        ),
+        typer.Option(metavar="DIR", help="Output folder.", show_default="export in the run"),
     ] = None,
     opset: Annotated[
         int | None,

@@ -30,7 +30,6 @@ class FusedOnce(Fused):
 
 
 class _OfFlow(nn.Module):
-
     def __init__(self, flow: Flow):
         super().__init__()
         self.flow, self.executor = flow, FusedOnce()

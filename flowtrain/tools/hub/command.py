@@ -53,16 +53,11 @@ def push(
         bool, typer.Option("--dry-run", help="Write the files, and upload nothing.")
     ] = False,
     licence: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="The licence of the weights, as the hub names it."
-        ),
+        str, typer.Option(metavar="NAME", help="The licence of the weights, as the hub names it.")
     ] = "unknown",
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder of the files.", show_default="push in the run"
-        ),
+        typer.Option(metavar="DIR", help="Folder of the files.", show_default="push in the run"),
     ] = None,
     weights: WeightsOption = None,
     trust_code: TrustOption = False,

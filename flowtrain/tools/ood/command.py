@@ -97,10 +97,7 @@ def ood(
         ),
     ] = None,
     num_images: Annotated[
-        int,
-        typer.Option(
-            min=1, metavar="N", help="A sample of N images of each data set."
-        ),
+        int, typer.Option(min=1, metavar="N", help="A sample of N images of each data set.")
     ] = 1000,
     false_positives: Annotated[
         float | None,

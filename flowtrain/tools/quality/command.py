@@ -71,11 +71,7 @@ def quality(
     ] = None,
     num_images: Annotated[
         int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Number of samples; of --images, at most so many.",
-        ),
+        typer.Option(min=1, metavar="N", help="Number of samples; of --images, at most so many."),
     ] = 5000,
     temperature: Annotated[
         float, typer.Option(min=0, metavar="T", help="Sampling temperature.")

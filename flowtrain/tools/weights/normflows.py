@@ -6,14 +6,7 @@ from torch import Tensor
 from flowtrain.config import Dequantization
 from flowtrain.errors import UserError
 from flowtrain.models.base import check_squeezes
-from flowtrain.tools.weights.glow import (
-    Filters,
-    Glow,
-    Step,
-    of_lu,
-    scaled,
-    sigmoid_parameters,
-)
+from flowtrain.tools.weights.glow import Filters, Glow, Step, of_lu, scaled, sigmoid_parameters
 from flowtrain.tools.weights.tensors import Tensors
 from flowtrain.types import Shape
 

@@ -5,14 +5,7 @@ from torch.nn import functional as F
 
 from flowtrain.config import Dequantization
 from flowtrain.models.base import check_squeezes
-from flowtrain.tools.weights.glow import (
-    Filters,
-    Glow,
-    Step,
-    of_lu,
-    scaled,
-    sigmoid_parameters,
-)
+from flowtrain.tools.weights.glow import Filters, Glow, Step, of_lu, scaled, sigmoid_parameters
 from flowtrain.tools.weights.tensors import Tensors
 from flowtrain.types import Shape
 
