@@ -43,7 +43,7 @@ def add_to(app: typer.Typer) -> None:
 @command
 @on_one_process
 def compress(
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The archive.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The archive.")],
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -54,7 +54,7 @@ def compress(
         ),
     ] = None,
     split: Annotated[
-        Split | None, typer.Option("--split", help="Compress a split of the model's data set.")
+        Split | None, typer.Option(help="Compress a split of the model's data set.")
     ] = None,
     num_images: FirstImagesOption = None,
     fit: Annotated[
@@ -210,11 +210,10 @@ def _print(result: "Compressed", count: int, dims: int, sizes: dict[str, int], e
 @on_one_process
 def decompress(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An archive of flowtrain compress.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the PNG files go.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the PNG files go.")],
     model: Annotated[
         str | None,
         typer.Option(
-            "--model",
             metavar="MODEL",
             help="The checkpoint or run directory that made the archive.",
             show_default="the embedded one, else its former path",
@@ -223,7 +222,6 @@ def decompress(
     max_memory: Annotated[
         int | None,
         typer.Option(
-            "--max-memory",
             metavar="MIB",
             min=1,
             help="Refuse an archive that needs more memory to unpack.",

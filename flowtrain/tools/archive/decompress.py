@@ -15,7 +15,7 @@ from flowtrain.checkpoints.load import LoadedModel, load_model, model_hash
 from flowtrain.errors import UserError, cut, short
 from flowtrain.system import capacity
 from flowtrain.system.console import silent
-from flowtrain.system.files import read_regular
+from flowtrain.system.files import content_of
 from flowtrain.system.threads import one_thread
 from flowtrain.tools.archive import format as archive
 from flowtrain.tools.archive.codec import Coder, coder_of
@@ -36,10 +36,7 @@ class Opened:
     def __init__(self, path: Path, memory: int | None = None):
         self.path = path
         memory = capacity.total() // 4 if memory is None else memory
-        try:
-            data = read_regular(path, memory)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        data = content_of(path, memory)
         self.description, self.parts = archive.unpack(path, data, memory)
         self.names = self.description.files
         self.num_bins = self.description.levels

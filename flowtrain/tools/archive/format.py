@@ -100,7 +100,6 @@ class Description(BaseModel):
 
     @property
     def images(self) -> int:
-        """The number of images."""
         if isinstance(self.names, str):
             return self.count or 0
         return len(self.names) if isinstance(self.names, list) else 0

@@ -35,7 +35,7 @@ from flowtrain.bijections.affine import Affine
 from flowtrain.bijections.conv1x1 import LinearChannels
 from flowtrain.bijections.fused import FusedLinear, fuse
 from flowtrain.errors import UserError
-from flowtrain.tools.archive.stack import LARGEST_SIZE, Stack, scale, unscale, whole
+from flowtrain.tools.archive.stack import LARGEST_SIZE, Stack, finite, scale, unscale, whole
 
 # Precision of a slope. The coder's own precision is 24 bits; a size of n loses n / 2**24 of it.
 SLOPE_BITS = 9
@@ -70,13 +70,6 @@ def chain(rules: list[Rule]) -> Rule:
         return z
 
     return Rule(forward, inverse)
-
-
-def finite(x: Tensor) -> Tensor:
-    """x, or `FloatingPointError`: no whole number stands for a value that is not finite."""
-    if not torch.isfinite(x).all():
-        raise FloatingPointError("a weight, or what a network computes, is not finite")
-    return x
 
 
 def monotone(
@@ -114,26 +107,15 @@ def monotone(
 def shifted(shift: Tensor, bits: int) -> Rule:
     """`x + shift`, which takes no bits."""
     units = whole(finite(shift), bits)
-
-    def forward(x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return x + units
-
-    def inverse(z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return z - units
-
-    return Rule(forward, inverse)
+    return Rule(lambda x, context, stack: x + units, lambda z, context, stack: z - units)
 
 
 def scaled(numerator: Tensor, denominator: Tensor) -> Rule:
     """`x * numerator / denominator`, broadcast."""
-
-    def forward(x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return scale(x, numerator, denominator, stack)
-
-    def inverse(z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return unscale(z, numerator, denominator, stack)
-
-    return Rule(forward, inverse)
+    return Rule(
+        lambda x, context, stack: scale(x, numerator, denominator, stack),
+        lambda z, context, stack: unscale(z, numerator, denominator, stack),
+    )
 
 
 def closest_fractions(slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,15 +206,9 @@ def _(layer: Multiscale, bits: int) -> Rule:
 
 @rule.register
 def _(layer: Squeeze | Flatten | Permute | Reverse | HalvePixels, bits: int) -> Rule:
-
-    def forward(x: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        z: Tensor = layer.forward(x)[0]
-        return z
-
-    def inverse(z: Tensor, context: Tensor | None, stack: Stack) -> Tensor:
-        return layer.inverse(z)[0]
-
-    return Rule(forward, inverse)
+    return Rule(
+        lambda x, context, stack: layer.forward(x)[0], lambda z, context, stack: layer.inverse(z)[0]
+    )
 
 
 @rule.register

@@ -29,9 +29,6 @@ class Uncodable(RunError):
 class Exhausted(RunError):
     """There are not enough bits on the stack to borrow from."""
 
-    def __init__(self) -> None:
-        super().__init__("there are not enough bits to borrow from")
-
 
 def require(fine: Tensor) -> None:
     """Raises `Uncodable` for the images with a false entry in `fine`, `(B, ...)`."""
@@ -96,7 +93,7 @@ class Stack:
         values[taken] = torch.from_numpy(popped).long()
         self.lowest = min(self.lowest, self.bits)
         if self.lowest < RESERVE:
-            raise Exhausted
+            raise Exhausted("there are not enough bits to borrow from")
         return values
 
     def push(self, values: Tensor, sizes: Tensor) -> None:
@@ -115,9 +112,7 @@ class Stack:
         """The inverse of `pop_choice`. Raises `FloatingPointError` for NaN and infinity."""
         if probabilities.shape[1] == 1:
             return
-        if not torch.isfinite(probabilities).all():
-            raise FloatingPointError("a weight, or what a network computes, is not finite")
-        self.coder.encode_reverse(_int32(choice), self.categorical, probabilities.numpy())
+        self.coder.encode_reverse(_int32(choice), self.categorical, finite(probabilities).numpy())
 
     def pop_normal(self, shape: tuple[int, ...], bits: int, reach: int) -> Tensor:
         """Standard normal numbers of a shape, in units of `2**-bits`, at most `reach` from zero."""
@@ -157,6 +152,13 @@ def random_words(count: int) -> np.ndarray:
 def words_of(data: bytes) -> np.ndarray:
     """Words for a stack from bytes, four per word."""
     return np.frombuffer(data, "<u4").astype(np.uint32)
+
+
+def finite(x: Tensor) -> Tensor:
+    """x, or `FloatingPointError`: no whole number stands for a value that is not finite."""
+    if not torch.isfinite(x).all():
+        raise FloatingPointError("a weight, or what a network computes, is not finite")
+    return x
 
 
 def whole(x: Tensor, bits: int) -> Tensor:

@@ -33,10 +33,7 @@ def doctor(
     num_images: Annotated[
         int,
         typer.Option(
-            "--num-images",
-            min=1,
-            metavar="N",
-            help="Number each of test images, noise images, and samples.",
+            min=1, metavar="N", help="Number each of test images, noise images, and samples."
         ),
     ] = 64,
     seed: SeedOption = 0,

@@ -175,7 +175,6 @@ def judge(
 
 
 def overall(findings: list[Finding]) -> Verdict:
-    """The worst verdict of all."""
     return max((finding.verdict for finding in findings), key=VERDICTS.index, default="ok")
 
 
@@ -187,7 +186,6 @@ def worst(findings: list[Finding]) -> list[Finding]:
 
 
 def count(findings: list[Finding]) -> dict[Verdict, int]:
-    """The number of findings with each verdict."""
     return {kind: sum(finding.verdict == kind for finding in findings) for kind in VERDICTS}
 
 

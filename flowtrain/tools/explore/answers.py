@@ -38,7 +38,6 @@ def upload(session: Session, data: bytes) -> Answer:
 
 
 def describe(session: Session) -> Answer:
-    """The model and its data."""
     flow, data = session.flow, session.data
     known = data if isinstance(data, Background) else None
     return {

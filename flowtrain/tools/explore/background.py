@@ -77,7 +77,6 @@ class Background:
 
     @property
     def progress(self) -> float:
-        """The share that is done."""
         return sum(self._shares()) / 3
 
     @property

@@ -89,5 +89,4 @@ class Guard:
 
 
 def refusal(status: int, message: str) -> JSONResponse:
-    """An error as JSON."""
     return JSONResponse({"error": message}, status)

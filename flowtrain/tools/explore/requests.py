@@ -46,15 +46,11 @@ class Drawn(_Strict):
 
 
 class Sample(Drawn):
-    """Number `index` of the samples of a seed."""
-
     kind: Literal["sample"]
     index: Index
 
 
 class Test(_Strict):
-    """An image of the test split."""
-
     kind: Literal["test"]
     index: Index
 
@@ -111,15 +107,11 @@ class Request(_Strict):
 
 
 class Tests(Request):
-    """Images `start`, `start + 1`, ... of the test split."""
-
     start: Index
     count: Count
 
 
 class Samples(Request, Drawn):
-    """Samples `start`, `start + 1`, ... of a seed."""
-
     start: Index
     count: Count
 

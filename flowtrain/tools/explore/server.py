@@ -171,7 +171,6 @@ def app(session: Session, worker: Worker, token: str) -> ASGIApp:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """An error as JSON."""
     if isinstance(error, HTTPException):
         return refusal(error.status_code, error.detail)
     if isinstance(error, Refused):

@@ -32,7 +32,7 @@ from flowtrain.tools.explore.edits import (
     towards_class,
 )
 from flowtrain.tools.explore.requests import Refused
-from flowtrain.tools.explore.worker import Check
+from flowtrain.tools.explore.worker import Check, keep
 
 KEPT = 64  # latents of sources, and images at places, that are kept
 UPLOADS = 64  # images of the user that are kept
@@ -170,7 +170,7 @@ class Session:
         x = torch.from_numpy(quantize(pixels, self.q))
         name = hashlib.blake2b(x.numpy().tobytes(), digest_size=16).hexdigest()
         with self._lock:
-            _keep(self._uploads, name, x, UPLOADS)
+            keep(self._uploads, name, x, UPLOADS)
         words = [f"{size[0]} x {size[1]} pixels"]
         if size[0] * height != size[1] * width:
             words.append("stretched" if policy == "stretch" else "cropped to the centre")
@@ -209,7 +209,7 @@ class Session:
             else:
                 x = self.image(requests.Place(source=source), check)
                 z = self.flow.encode(x, Stoppable(check, MatchingInverse(lambda share: check())))
-        _keep(self._latents, key, z, min(KEPT, self.largest_count))
+        keep(self._latents, key, z, min(KEPT, self.largest_count))
         return z
 
     def drawn(
@@ -272,7 +272,7 @@ class Session:
 
     def keep_image(self, place: requests.Place, x: Tensor) -> None:
         """Keeps the image `(1, C, H, W)` at a place for the next requests, its figures."""
-        _keep(self._images, place.model_dump_json(), x, min(KEPT, self.largest_count))
+        keep(self._images, place.model_dump_json(), x, min(KEPT, self.largest_count))
 
     def image(self, place: requests.Place, check: Check) -> Tensor:
         """The image `(1, C, H, W)` at a place. An unedited image of the data is itself."""
@@ -302,11 +302,3 @@ class Session:
         except FloatingPointError:
             raise Refused("the image is not finite: this latent is too far out") from None
         return torch.cat(images)
-
-
-def _keep(kept: OrderedDict[str, Tensor], key: str, value: Tensor, most: int) -> None:
-    """Adds a value as the newest of at most so many."""
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > most:
-        kept.popitem(last=False)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from flowtrain.tools.explore.requests import Refused
 
+K = TypeVar("K")
 T = TypeVar("T")
 Check = Callable[[], None]  # raises `Superseded` if a result is no longer wanted
 
@@ -29,6 +30,14 @@ class Superseded(Refused):
 
     def __init__(self) -> None:
         super().__init__("there is a newer request", 409)
+
+
+def keep(kept: OrderedDict[K, T], key: K, value: T, most: int) -> None:
+    """Adds a value as the newest of at most so many."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
 
 
 @dataclass(order=True)
@@ -109,10 +118,7 @@ class Worker:
             if len(self._jobs) >= WAITING:
                 raise Refused("too many requests wait: try again in a moment", 503)
             self._count += 1
-            self._newest[key] = turn
-            self._newest.move_to_end(key)
-            while len(self._newest) > TABS:
-                self._newest.popitem(last=False)
+            keep(self._newest, key, turn, TABS)
             self._jobs.append(_Job(urgency, self._count, key, call, future))
             self._changed.notify()
         return future
@@ -137,7 +143,6 @@ class Worker:
             self._changed.notify()
 
     def end(self) -> None:
-        """Ends the thread, and waits for it."""
         self.stop()
         self._thread.join()
 

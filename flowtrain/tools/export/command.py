@@ -38,18 +38,15 @@ def export(
     model: ModelArgument = None,
     to: Annotated[
         Literal["onnx", "torch"],
-        typer.Option("--to", help="ONNX files, or programs of torch.export (.pt2)."),
+        typer.Option(help="ONNX files, or programs of torch.export (.pt2)."),
     ] = "onnx",
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="Output folder.", show_default="export in the run"
-        ),
+        typer.Option(metavar="DIR", help="Output folder.", show_default="export in the run"),
     ] = None,
     opset: Annotated[
         int | None,
         typer.Option(
-            "--opset",
             min=OLDEST,
             max=NEWEST,
             metavar="N",

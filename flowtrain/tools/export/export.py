@@ -1,5 +1,6 @@
 """Exports a model: its graphs as files, compared with torch before anything is written."""
 
+import importlib.util
 import json
 import warnings
 from collections.abc import Callable
@@ -12,14 +13,16 @@ from flowtrain.checkpoints import about
 from flowtrain.checkpoints.load import LoadedModel
 from flowtrain.errors import UserError
 from flowtrain.foreign.file import is_foreign
+from flowtrain.system import packages
 from flowtrain.system.random import Stream, generator
-from flowtrain.tools.export.formats import SUFFIX, Format, encoded, require_packages, runner
+from flowtrain.tools.export.formats import SUFFIX, Format, encoded, runner
 from flowtrain.tools.export.graphs import graphs_of
 from flowtrain.tools.export.verify import RANDOM, Check, checks, round_trip
 
 FACTS = "model.json"  # `metadata`, for programs that read no ONNX
 IMAGES = 64  # of each kind in a comparison
 OPSET = 18  # torch translates to this one, and converts to newer ones
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export(
@@ -51,8 +54,8 @@ def export(
     if is_foreign(str(model.checkpoint.path)):
         raise UserError(f"{model.checkpoint.path}: a flow of other code, which is not exported")
     model.flow.require_no_context(str(model.checkpoint.path))
-    if to == "onnx":
-        require_packages("--to onnx")
+    if to == "onnx" and any(importlib.util.find_spec(name) is None for name in PACKAGES):
+        raise packages.missing("--to onnx", *PACKAGES, extra="onnx")
     flow, kind = model.flow, "test images"
     graphs, left_out = graphs_of(flow, str(model.checkpoint.path))
     facts = metadata(model)

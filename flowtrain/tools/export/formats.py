@@ -1,6 +1,5 @@
 """Graphs as bytes of a file, and such bytes as functions of arrays again."""
 
-import importlib.util
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 
 from flowtrain.errors import UserError, short
-from flowtrain.system import packages
 from flowtrain.tools.export.graphs import Graph
 
 Format = Literal["onnx", "torch"]
@@ -26,13 +24,6 @@ TAIL = (1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103)
 TAIL_BELOW = (1.0, 0.73700164250, 0.12021132975)
 FAR = (6.6579051150, 3.0812263860, 0.42868294337, 0.017337203997)
 FAR_BELOW = (1.0, 0.24197894225, 0.012258202635)
-
-
-def require_packages(what: str) -> None:
-    """Raises `UserError` that begins with `what` unless the packages of the extra are there."""
-    names = ("onnx", "onnxscript", "onnxruntime")
-    if any(importlib.util.find_spec(name) is None for name in names):
-        raise packages.missing(what, *names, extra="onnx")
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -30,8 +30,6 @@ class FusedOnce(Fused):
 
 
 class _OfFlow(nn.Module):
-    """A function of a flow."""
-
     def __init__(self, flow: Flow):
         super().__init__()
         self.flow, self.executor = flow, FusedOnce()

@@ -23,7 +23,6 @@ EPILOG = (
     "Examples: [cyan]flowtrain push runs/glow_digits user/name --dry-run[/cyan], [cyan]flowtrain "
     "sample hf://user/name[/cyan]"
 )
-KIB = 2**10
 
 
 def add_to(app: typer.Typer) -> None:
@@ -54,16 +53,11 @@ def push(
         bool, typer.Option("--dry-run", help="Write the files, and upload nothing.")
     ] = False,
     licence: Annotated[
-        str,
-        typer.Option(
-            "--licence", metavar="NAME", help="The licence of the weights, as the hub names it."
-        ),
+        str, typer.Option(metavar="NAME", help="The licence of the weights, as the hub names it.")
     ] = "unknown",
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="DIR", help="Folder of the files.", show_default="push in the run"
-        ),
+        typer.Option(metavar="DIR", help="Folder of the files.", show_default="push in the run"),
     ] = None,
     weights: WeightsOption = None,
     trust_code: TrustOption = False,
@@ -113,7 +107,7 @@ def push(
     console.print(f"files of {hub.PREFIX}{wanted.repository}, in {folder}:")
     for name, content in files.items():
         save(folder / name, content, named=out is not None)
-        console.print(f"  {name:17}  {len(content) / KIB:10,.1f} KiB")
+        console.print(f"  {name:17}  {len(content) / 2**10:10,.1f} KiB")
     if not any(each.split == "test" for each in about.figures(loaded)):
         command = f"flowtrain evaluate {shlex.quote(model)}"
         console.print(f"the page has no figure of the test split: {command}")

@@ -303,6 +303,7 @@ def _in_order_and_moved(
     return dataclasses.replace(found, x=x.to(torch.uint8).cpu())
 
 
+@dataclass
 class _Redraws:
     """Draws entries of chains anew, from the model's own distributions, with a Metropolis test.
 
@@ -311,18 +312,15 @@ class _Redraws:
     entries is adapted in the warm-up.
     """
 
-    def __init__(
-        self,
-        layer: OrdinalAutoregressive,
-        context: Context | None,
-        constraint: Pixels,
-        counted: Tensor,
-        randomness: torch.Generator,
-    ):
-        self.layer, self.context, self.constraint = layer, context, constraint
-        self.counted, self.randomness = counted, randomness
-        self.free = constraint.moves.flatten().nonzero().flatten()
-        self.count = 1.0  # entries at a time
+    layer: OrdinalAutoregressive
+    context: Context | None
+    constraint: Pixels
+    counted: Tensor
+    randomness: torch.Generator
+    count: float = 1.0  # entries at a time
+
+    def __post_init__(self) -> None:
+        self.free = self.constraint.moves.flatten().nonzero().flatten()
 
     @torch.no_grad()
     def __call__(self, s: Tensor, adapting: bool) -> Tensor:

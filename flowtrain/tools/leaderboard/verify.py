@@ -72,7 +72,6 @@ class Verified:
 
     @property
     def row(self) -> str:
-        """The row, as Markdown."""
         times = (
             f"{bits:g}: {'-' if seconds is None else duration(seconds)}"
             for bits, seconds in self.reached.items()

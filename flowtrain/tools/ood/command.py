@@ -97,15 +97,11 @@ def ood(
         ),
     ] = None,
     num_images: Annotated[
-        int,
-        typer.Option(
-            "--num-images", min=1, metavar="N", help="A sample of N images of each data set."
-        ),
+        int, typer.Option(min=1, metavar="N", help="A sample of N images of each data set.")
     ] = 1000,
     false_positives: Annotated[
         float | None,
         typer.Option(
-            "--false-positives",
             metavar="P",
             parser=percentage,
             help="An image is an outlier if at most this share of held-out images is as far out: "
@@ -124,7 +120,6 @@ def ood(
     maps: Annotated[
         Path | None,
         typer.Option(
-            "--maps",
             metavar="FOLDER",
             help="Also compute heat maps and the local score, and write a picture of each compared "
             "image here.",
@@ -189,15 +184,13 @@ def ood(
     loaded = options.load_model(conditional=True, mirror=mirror)
     path = output(json_out, loaded, "ood.json", "--json")
     picture = output(picture_out, loaded, "ood.png", "--out")
-    for option, is_given in (
-        ("--maps", maps is not None),
-        (f"--score {decides}", decides in ("complexity_corrected", "local")),
-    ):
-        if is_given:
-            num_bins_of(loaded, option)
+    if maps is not None:
+        num_bins_of(loaded, "--maps")
+    if decides in ("complexity_corrected", "local"):
+        num_bins_of(loaded, f"--score {decides}")
     data = options.data(loaded)
     collections = collect(loaded, data, inside, names, num_images=num_images, seed=seed)
-    for collection in collections.all:
+    for collection in collections:
         if collection.stored:
             (channels, height, width), num_bins = collection.stored
             console.print(
@@ -236,7 +229,6 @@ def ood(
 
 
 def _print(comparison: "Comparison") -> None:
-    """A table with one row per data set."""
     from rich import box
     from rich.table import Table
 

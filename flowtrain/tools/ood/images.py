@@ -29,19 +29,6 @@ class Collection:
     names: list[str] | None = None  # of the images, if they are files
 
 
-@dataclass(frozen=True)
-class Collections:
-    """The images of a comparison. `reference` are the model's data, without images of `inside`."""
-
-    reference: Collection
-    inside: Collection
-    outside: list[Collection]
-
-    @property
-    def all(self) -> list[Collection]:
-        return [self.reference, self.inside, *self.outside]
-
-
 def collect(
     model: LoadedModel,
     data: DataSet,
@@ -50,8 +37,9 @@ def collect(
     *,
     num_images: int,
     seed: int = 0,
-) -> Collections:
-    """A sample of `num_images` images of each data set that a command line names.
+) -> list[Collection]:
+    """A sample of `num_images` images of each data set that a command line names: the reference,
+    which has no image of `inside`, then `inside`, then each of `outside`.
 
     Args:
         data: the model's own data. The reference is its validation split, or its training split if
@@ -79,7 +67,7 @@ def collect(
         for name in outside
     ]
     reference: SplitName = "validation" if len(data.split("validation")) else "train"
-    return Collections(own_split(reference, model, data, num_images, seed), within, others)
+    return [own_split(reference, model, data, num_images, seed), within, *others]
 
 
 def named(

@@ -27,7 +27,7 @@ from flowtrain.flow.kinds import Kind, QuantizedImages
 from flowtrain.pictures.lossless import complexity
 from flowtrain.system.console import silent
 from flowtrain.tools.ood.auroc import Area, auroc
-from flowtrain.tools.ood.images import Collection, Collections
+from flowtrain.tools.ood.images import Collection
 from flowtrain.tools.ood.verdict import p_values, threshold
 
 SCORES = ("likelihood", "typicality", "complexity_corrected", "local")
@@ -129,11 +129,9 @@ class Comparison:
         ]
 
     def p_values(self, scored: Scored) -> np.ndarray:
-        """The p-value of each image, `(N,)`."""
         return p_values(self.reference.scores[self.decides], scored.scores[self.decides])
 
     def outliers(self, scored: Scored) -> np.ndarray:
-        """Whether each image is an outlier, bool `(N,)`."""
         assert self.false_positives is not None
         return np.asarray(self.p_values(scored) <= self.false_positives)
 
@@ -185,7 +183,7 @@ def scored(
 
 def score_all(
     model: LoadedModel,
-    collections: Collections,
+    collections: list[Collection],
     *,
     decides: str | None = None,
     false_positives: float | None = None,
@@ -194,12 +192,13 @@ def score_all(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = silent,
 ) -> Comparison:
-    """Scores every image (`scored`), for verdicts by the score `decides` (`default_score`).
+    """Scores every image (`scored`) of the collections of `collect`, for verdicts by the score
+    `decides` (`default_score`).
 
     Raises `UserError` for a `batch_size` that cannot fit into memory, and if there are too few
     held-out images for `false_positives`.
     """
-    sizes = [len(collection.images) for collection in collections.all]
+    sizes = [len(collection.images) for collection in collections]
     require_memory(model.flow, max(sizes), batch_size)
     if false_positives is not None:  # before the work
         threshold(np.zeros(sizes[0]), false_positives)
@@ -209,7 +208,7 @@ def score_all(
         progress(sum(sizes[: len(found)]) + done, sum(sizes))
 
     options: dict[str, Any] = {"heat_maps": heat_maps, "seed": seed, "batch_size": batch_size}
-    for collection in collections.all:
+    for collection in collections:
         entropy = found[0].entropy if found else None
         found.append(scored(model.flow, collection, entropy, progress=ahead, **options))
     first, second, *rest = found

@@ -49,7 +49,6 @@ def quality(
     images: Annotated[
         str | None,
         typer.Option(
-            "--images",
             metavar="NAME|PATH",
             help="Measure these instead of samples. " + IMAGES,
             show_default="samples of the model",
@@ -72,12 +71,7 @@ def quality(
     ] = None,
     num_images: Annotated[
         int,
-        typer.Option(
-            "--num-images",
-            min=1,
-            metavar="N",
-            help="Number of samples; of --images, at most so many.",
-        ),
+        typer.Option(min=1, metavar="N", help="Number of samples; of --images, at most so many."),
     ] = 5000,
     temperature: Annotated[
         float, typer.Option(min=0, metavar="T", help="Sampling temperature.")

@@ -53,7 +53,7 @@ def draw(
     own = starts[distributed.rank() :: distributed.world()]
 
     def part(start: int, note: Callable[[float, float], None] = silent) -> Tensor:
-        file = _file(folder, start)
+        file = folder / f"{start:09}.npy"
         if file.exists():
             return torch.from_numpy(ArrayFile(file).read(ONLY, "iu", (PART, *shape)))
         # The last part is whole, too: its rounding depends on its size.
@@ -84,7 +84,3 @@ def remove(parts: Path) -> None:
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         parts.rmdir()
-
-
-def _file(folder: Path, start: int) -> Path:
-    return folder / f"{start:09}.npy"

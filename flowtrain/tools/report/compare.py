@@ -61,8 +61,6 @@ class Comparison:
     picture: bytes
 
     def content(self) -> dict[str, Any]:
-        """The comparison as JSON."""
-
         rows = []
         for each in self.results:
             row = vars(each) | {"test": None, "mirror": None}
@@ -101,7 +99,6 @@ def names(paths: Sequence[Path]) -> list[str]:
 
 
 def result(name: str, run: Record) -> Result:
-    """The row of a run."""
     summary = run.summary
     states: list[Summary | Row] = [summary, *run.rows]
     # The summary is as old as the last checkpoint.

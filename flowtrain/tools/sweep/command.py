@@ -78,7 +78,7 @@ def sweep(
     ] = None,
     device: DeviceOption = "auto",
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the sweep.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the sweep.")],
 ) -> None:
     """Compare settings at an equal budget, in a table with errors over seeds and images.
 

@@ -100,7 +100,6 @@ def planned(values: Mapping[str, Any], base: Config, where: str) -> Plan:
 
 
 def row_of(values: Mapping[str, object]) -> str:
-    """The text of a row with these settings."""
     return shlex.join(f"{key}={value}" for key, value in values.items())
 
 

@@ -46,7 +46,6 @@ class Proposals:
             yield self.optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
 
     def rows(self) -> list[str]:
-        """The rows proposed so far."""
         with self._study() as study:
             return [row_of({key: x.params[key] for key in self.plan.ranges}) for x in study.trials]
 

@@ -95,13 +95,9 @@ class Trial:
             yield file.fileno()
 
     def run(self, rung: int, train: Sequence[str], call: Call) -> Result:
-        """Trains to the end of a rung, evaluates, and writes the result.
-
-        Args:
-            train: the words of `flowtrain train`, without the run directory.
-            call: runs a command.
-
-        Raises `Interrupted` if a signal stopped a command.
+        """Trains to the end of a rung by `call`, with the words `train` of `flowtrain train`
+        without the run directory, evaluates, and writes the result. Raises `Interrupted` if a
+        signal stopped a command.
         """
         result = self._measured(train, call)
         data = json.dumps(result.content()).encode()

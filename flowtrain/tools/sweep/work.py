@@ -56,7 +56,6 @@ class Sweep:
         return [*self.plan.rows, *(self.proposals.rows() if self.proposals else [])]
 
     def trials(self, row: int) -> list[Trial]:
-        """The trials of a row, by seed."""
         paths = [self.folder / f"{row:03}-seed{seed}" for seed in range(self.plan.seeds)]
         return [Trial(row, seed, path) for seed, path in enumerate(paths)]
 

@@ -27,7 +27,6 @@ def import_(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out",
             metavar="FILE.safetensors",
             help="The checkpoint.",
             show_default="FILE with the suffix .safetensors",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flowtrain import config as configuration
 from flowtrain.checkpoints import format as checkpoint_format
@@ -12,21 +12,14 @@ from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError, cut
 from flowtrain.flow.flow import Flow
 from flowtrain.tools.weights import chrischute, normflows, rosinality, tarflow, y0ast
+from flowtrain.tools.weights.glow import Glow
+from flowtrain.tools.weights.tarflow import TarFlow
 from flowtrain.tools.weights.tensors import Tensors, read
 from flowtrain.types import Shape
 
-
-class Foreign(Protocol):
-    """A model of another project: the options of the same model here, and its weights."""
-
-    @property
-    def options(self) -> dict[str, Any]: ...
-
-    def fill(self, flow: Flow) -> None: ...
-
-
-# From its tensors, the shape of an image, and the preprocessing.
-Reader = Callable[[Tensors, Shape, Dequantization], Foreign]
+# From its tensors, the shape of an image, and the preprocessing, to the options of the same model
+# here, and its weights.
+Reader = Callable[[Tensors, Shape, Dequantization], Glow | TarFlow]
 
 # The reader of each project, and the section `dequantization` for its preprocessing.
 PROJECTS: dict[str, tuple[Reader, dict[str, Any]]] = {

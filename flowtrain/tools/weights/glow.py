@@ -4,13 +4,12 @@ All of these are rewritten exactly: the order of channels after a squeeze, a sca
 a negative one), LU factors, gains of zero convolutions, and means and scales of latents.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flowtrain.bijections import ActNorm, Bijection, Conv1x1, Coupling, DiagonalAffine, Squeeze
 from flowtrain.bijections.actnorm import LOG_SCALE_LIMIT
@@ -20,6 +19,7 @@ from flowtrain.errors import UserError
 from flowtrain.flow.class_prior import ClassPrior
 from flowtrain.flow.flow import Flow
 from flowtrain.nets.convolution import Conv2d
+from flowtrain.tools.weights.tensors import Tensors
 
 Filters = tuple[Tensor, Tensor]  # of a convolution: (O, I, k, k) and biases (O,)
 
@@ -65,12 +65,15 @@ class Glow:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The section `model` of the configuration."""
+        """The section `model` of the configuration. Raises `UserError` if there is none."""
+        widths = [{len(step.net[-2][1]) for step in steps} for steps in self.levels]
+        if max(map(len, widths)) > 1:
+            raise UserError(f"{self.where}: the networks of a level have different widths")
         return {
             "name": "glow",
             "levels": len(self.levels),
             "steps": [len(steps) for steps in self.levels],
-            "width": [len(steps[0].net[-2][1]) for steps in self.levels],
+            "width": [width for (width,) in widths],
             "coupling": self.coupling,
             "conditioner": self.conditioner,
             "permutation": "conv1x1",
@@ -121,7 +124,6 @@ class Glow:
             flow.class_prior.log_scale.copy_(self._unbounded(log_scale + of_latents.log()))
 
     def _unbounded(self, log_scale: Tensor) -> Tensor:
-        """The parameters of log-scales."""
         limit = 0.99 * LOG_SCALE_LIMIT  # of `unbounded`
         if log_scale.abs().max() > limit:
             raise UserError(
@@ -166,10 +168,16 @@ def scaled(filters: Filters, gain: Tensor) -> Filters:
 
 
 def of_lu(
-    permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_scale: Tensor
+    tensors: Tensors, name: str, channels: int, matrices: Sequence[str], diagonal: Sequence[str]
 ) -> Tensor:
-    """The matrix `P L (U + diag(sign exp(log_scale)))` of a 1x1 convolution (Glow, eq. 10)."""
-    unit_lower = lower.tril(-1) + torch.eye(len(lower), dtype=lower.dtype)
+    """The matrix `P L (U + diag(sign exp(log_scale)))` of a 1x1 convolution (Glow, eq. 10), from
+    the tensors of these names.
+    """
+    permutation, lower, upper = (
+        tensors.take(f"{name}{each}", channels, channels) for each in matrices
+    )
+    sign, log_scale = (tensors.take(f"{name}{each}", channels) for each in diagonal)
+    unit_lower = lower.tril(-1) + torch.eye(channels, dtype=lower.dtype)
     return permutation @ unit_lower @ (upper.triu(1) + (sign * log_scale.exp()).diag())
 
 
@@ -182,19 +190,3 @@ def sigmoid_parameters(filters: Filters, shifts: slice, scales: slice) -> Filter
         torch.cat([weight[shifts], weight[scales]]),
         torch.cat([bias[shifts], bias[scales] + 2]),
     )
-
-
-def gaussian_parameters(filters: Filters, means: slice, log_scales: slice) -> Filters:
-    """The convolution of a prior `N(mean, exp(log_scale))`, whose outputs are at these places."""
-    weight, bias = filters
-    return (
-        -torch.cat([weight[means], weight[log_scales]]),
-        -torch.cat([bias[means], bias[log_scales]]),
-    )
-
-
-def of_zeros(filters: Filters, size: tuple[int, int], outside: float) -> Tensor:
-    """The result `(O, H, W)` of a 3x3 convolution of zeros, with other values around them."""
-    weight, bias = filters
-    zeros = weight.new_zeros(1, weight.shape[1], *size)
-    return F.conv2d(F.pad(zeros, 4 * [1], value=outside), weight, bias)[0]

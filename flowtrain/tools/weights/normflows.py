@@ -6,15 +6,7 @@ from torch import Tensor
 from flowtrain.config import Dequantization
 from flowtrain.errors import UserError
 from flowtrain.models.base import check_squeezes
-from flowtrain.tools.weights.glow import (
-    Filters,
-    Glow,
-    Step,
-    gaussian_parameters,
-    of_lu,
-    scaled,
-    sigmoid_parameters,
-)
+from flowtrain.tools.weights.glow import Filters, Glow, Step, of_lu, scaled, sigmoid_parameters
 from flowtrain.tools.weights.tensors import Tensors
 from flowtrain.types import Shape
 
@@ -102,11 +94,7 @@ def _mixing(tensors: Tensors, name: str, channels: int) -> Tensor:
     if f"{name}W" in tensors:
         return tensors.take(f"{name}W", channels, channels)
     tensors.drop(f"{name}eye")
-    permutation, lower, upper = (
-        tensors.take(f"{name}{each}", channels, channels) for each in ("P", "L", "U")
-    )
-    sign, log_scale = (tensors.take(f"{name}{each}", channels) for each in ("sign_S", "log_S"))
-    return of_lu(permutation, lower, upper, sign, log_scale)
+    return of_lu(tensors, name, channels, ("P", "L", "U"), ("sign_S", "log_S"))
 
 
 def _base(tensors: Tensors, name: str, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -151,6 +139,5 @@ def _prior(tensors: Tensors, name: str, shape: Shape) -> Filters:
             f"have it, others one for each channel"
         )
     channels = shape[0]
-    bias = torch.cat([mean, log_scale]).flatten()
-    filters = bias.new_zeros(2 * channels, channels, 3, 3), bias
-    return gaussian_parameters(filters, slice(channels), slice(channels, None))
+    bias = -torch.cat([mean, log_scale]).flatten()
+    return bias.new_zeros(2 * channels, channels, 3, 3), bias

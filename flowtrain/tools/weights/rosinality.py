@@ -1,19 +1,11 @@
 """rosinality/glow-pytorch: the `Glow` of its `model.py`, saved by its `train.py`."""
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from flowtrain.config import Dequantization
 from flowtrain.models.base import check_squeezes
-from flowtrain.tools.weights.glow import (
-    Filters,
-    Glow,
-    Step,
-    gaussian_parameters,
-    of_lu,
-    of_zeros,
-    scaled,
-    sigmoid_parameters,
-)
+from flowtrain.tools.weights.glow import Filters, Glow, Step, of_lu, scaled, sigmoid_parameters
 from flowtrain.tools.weights.tensors import Tensors
 from flowtrain.types import Shape
 
@@ -29,31 +21,29 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow
     for level in range(levels):
         channels, height, width = 4 * channels, height // 2, width // 2
         block = f"blocks.{level}."
-        hidden = tensors.side(f"{block}flows.0.coupling.net.0.weight")
         numbers = range(tensors.count(f"{block}flows."))
-        steps.append(
-            [_step(tensors, f"{block}flows.{i}.", channels, hidden, affine) for i in numbers]
-        )
+        steps.append([_step(tensors, f"{block}flows.{i}.", channels, affine) for i in numbers])
         if level + 1 < levels:
             channels //= 2
-            prior = _zero_convolution(tensors, f"{block}prior.", channels, 2 * channels)
-            halves = slice(channels), slice(channels, None)
-            priors.append(gaussian_parameters(prior, *halves))
-    prior = _zero_convolution(tensors, f"{block}prior.", channels, 2 * channels)
-    prior = gaussian_parameters(prior, slice(channels), slice(channels, None))
+        # The latent of N(mean, exp(log_scale)) is (x - mean) exp(-log_scale).
+        weight, bias = _zero_convolution(tensors, f"{block}prior.", channels, 2 * channels)
+        priors.append((-weight, -bias))
     # The prior of the last level is the same convolution, of zeros that are padded with ones.
-    shift, log_scale = of_zeros(prior, (height, width), 1.0).chunk(2)
+    weight, bias = priors.pop()
+    ones = F.pad(weight.new_zeros(1, channels, height, width), 4 * [1], value=1.0)
+    shift, log_scale = F.conv2d(ones, weight, bias)[0].chunk(2)
     coupling = "sigmoid" if affine else "additive"
     return Glow(tensors.where, steps, priors, (shift, log_scale), coupling, padding="ones")
 
 
-def _step(tensors: Tensors, name: str, channels: int, hidden: int, affine: bool) -> Step:
+def _step(tensors: Tensors, name: str, channels: int, affine: bool) -> Step:
     shift, scale = (
         tensors.take(f"{name}actnorm.{each}", 1, channels, 1, 1).flatten()
         for each in ("loc", "scale")
     )
     tensors.require_set(f"{name}actnorm.initialized")
     half, net = channels // 2, f"{name}coupling.net."
+    hidden = tensors.side(f"{net}0.weight")
     outputs = channels if affine else half
     last = _zero_convolution(tensors, f"{net}4.", hidden, outputs)
     if affine:
@@ -69,11 +59,7 @@ def _mixing(tensors: Tensors, name: str, channels: int) -> Tensor:
     if f"{name}weight" in tensors:
         return tensors.take(f"{name}weight", channels, channels, 1, 1)[:, :, 0, 0]
     tensors.drop(f"{name}l_mask", f"{name}u_mask", f"{name}l_eye")
-    permutation, lower, upper = (
-        tensors.take(f"{name}{each}", channels, channels) for each in ("w_p", "w_l", "w_u")
-    )
-    log_scale, sign = (tensors.take(f"{name}{each}", channels) for each in ("w_s", "s_sign"))
-    return of_lu(permutation, lower, upper, sign, log_scale)
+    return of_lu(tensors, name, channels, ("w_p", "w_l", "w_u"), ("s_sign", "w_s"))
 
 
 def _convolution(tensors: Tensors, name: str, inputs: int, outputs: int, size: int) -> Filters:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowtrain.checkpoints.format import DTYPES, largest
 from flowtrain.errors import UserError, cut
-from flowtrain.system.files import read_regular
+from flowtrain.system.files import content_of
 
 WHOLE = ("state_dict", "model", "net")  # where files keep the tensors, beside an optimizer
 
@@ -108,10 +108,7 @@ def read(path: Path, where: str) -> Tensors:
     Raises `UserError` if there is anything else in it than tensors and plain values. Such a file
     could run code, so it is never unpickled.
     """
-    try:
-        data = read_regular(path, largest())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    data = content_of(path, largest())
     try:
         _require_bounded(data)
         with warnings.catch_warnings(action="ignore"):  # of other pickles: the error is enough

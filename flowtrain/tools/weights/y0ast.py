@@ -6,20 +6,9 @@ from torch import Tensor
 from flowtrain.config import Dequantization
 from flowtrain.errors import UserError
 from flowtrain.models.base import check_squeezes
-from flowtrain.tools.weights.glow import (
-    Filters,
-    Glow,
-    Step,
-    gaussian_parameters,
-    of_lu,
-    scaled,
-    sigmoid_parameters,
-)
+from flowtrain.tools.weights.glow import Filters, Glow, Step, of_lu, scaled, sigmoid_parameters
 from flowtrain.tools.weights.tensors import Tensors
 from flowtrain.types import Shape
-
-# The outputs of a convolution that are shifts or means, and those that are scales.
-CROSS = slice(0, None, 2), slice(1, None, 2)
 
 
 def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow:
@@ -40,10 +29,12 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow
         steps.append(level)
         if f"flow.layers.{number}.conv.conv.weight" in tensors:
             channels //= 2
-            prior = _zero_convolution(
+            weight, bias = _zero_convolution(
                 tensors, f"flow.layers.{number}.conv.", channels, 2 * channels
             )
-            priors.append(gaussian_parameters(prior, *CROSS))
+            # Means and log-scales in turn. The latent is (x - mean) exp(-log_scale).
+            order = torch.arange(2 * channels).view(-1, 2).T.flatten()
+            priors.append((-weight[order], -bias[order]))
             number += 1
     mean, log_scale = (
         tensors.take("prior_h", 1, 2 * channels, height, width)[0].mean((1, 2)).chunk(2)
@@ -63,8 +54,7 @@ def read(tensors: Tensors, shape: Shape, dequantization: Dequantization) -> Glow
         of_channels = (weight.T + bias) * gain + torch.cat([mean, log_scale])
         of_entries = of_channels.repeat_interleave(height * width, dim=1)
         means, log_scales = of_entries.chunk(2, dim=1)
-        of_classes = means, log_scales
-        return Glow(tensors.where, steps, priors, None, coupling, classes=of_classes)
+        return Glow(tensors.where, steps, priors, None, coupling, classes=(means, log_scales))
     top = -mean[:, None, None], -log_scale[:, None, None]
     return Glow(tensors.where, steps, priors, top, coupling)
 
@@ -80,7 +70,7 @@ def _step(tensors: Tensors, name: str, channels: int, affine: bool) -> Step:
     second = _convolution(tensors, f"{net}2.", hidden, hidden, 1)
     last = _zero_convolution(tensors, f"{net}4.", hidden, channels if affine else half)
     if affine:
-        last = sigmoid_parameters(last, *CROSS)
+        last = sigmoid_parameters(last, slice(0, None, 2), slice(1, None, 2))
     weight = _mixing(tensors, f"{name}invconv.", channels)
     return Step(shift, weight * log_scale.exp(), [first, second, last])
 
@@ -94,11 +84,7 @@ def _mixing(tensors: Tensors, name: str, channels: int) -> Tensor:
             f"{tensors.where}: it has no 1x1 convolutions, and the order of its channels "
             f"(flow_permutation shuffle or reverse) is not in the file"
         )
-    permutation, lower, upper = (
-        tensors.take(f"{name}{each}", channels, channels) for each in ("p", "lower", "upper")
-    )
-    sign, log_scale = (tensors.take(f"{name}{each}", channels) for each in ("sign_s", "log_s"))
-    return of_lu(permutation, lower, upper, sign, log_scale)
+    return of_lu(tensors, name, channels, ("p", "lower", "upper"), ("sign_s", "log_s"))
 
 
 def _convolution(tensors: Tensors, name: str, inputs: int, outputs: int, size: int) -> Filters:

@@ -238,7 +238,7 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
     collections[black].images[[2, 4], 0, 0, 0] = 0
     odd = ["\udcff.png"] * 6  # a byte that is no text
     outside = [dataclasses.replace(collections.pop("outside"), names=odd)]
-    comparison = scoring.score_all(model, collecting.Collections(**collections, outside=outside))
+    comparison = scoring.score_all(model, [*collections.values(), *outside])
     outcome = results.as_json(comparison)
     json.dumps(outcome, allow_nan=False)  # fails if there is one
     (out,) = outcome["out"]

@@ -102,6 +102,13 @@ def without(part, **more):
     return lambda weights: {**{k: v for k, v in weights.items() if part not in k}, **more}
 
 
+def narrower(part):
+    return lambda weights: {
+        name: each[(slice(5),) * each.ndim] if part in name else each
+        for name, each in weights.items()
+    }
+
+
 LOC, ONE, FLOAT8 = "blocks.0.flows.0.actnorm.loc", torch.ones(1), torch.float8_e4m3fn
 ENTRIES = {"q0.1.loc": torch.arange(32.0).view(1, 2, 4, 4)}
 ENTRIES["q0.1.log_scale"] = torch.zeros(1, 2, 4, 4)
@@ -117,6 +124,7 @@ REFUSALS = [
     ("y0ast", without("", a=ONE), "it has no tensor flow.layers.1.block.4"),
     ("rosinality", without("", a=ONE), "it has no tensors blocks.0."),
     ("y0ast", without(".invconv."), "flow_permutation shuffle or reverse"),
+    ("y0ast", narrower("flow.layers.2.block."), "networks of a level have different widths"),
     ("normflows", without("nothing", **{"q0.0.loc_cc": ONE}), "depends on the class"),
     ("normflows", without("q0.1.", **ENTRIES), "q0.1.loc is a mean for each entry"),
     ("tarflow", changed("var", filled(2.0)), "var is not 1"),
