@@ -205,7 +205,6 @@ def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[s
     if labels is None:
         return classes
     by_class = scores.log_prob_by_class
-    labels = labels[: by_class.shape[1]]
     given = flow.loss(by_class.gather(0, labels[None])[0])
     correct = torch.where(
         torch.isfinite(by_class).all(dim=0), by_class.argmax(dim=0) == labels, math.nan

@@ -142,8 +142,7 @@ def barrier() -> None:
 
 def from_main(function: Callable[[], T]) -> T:
     """The result (plain data) of `function`, which only process 0 calls. An error ends all."""
-    value = all_gather_object(function() if is_main() else None)[0]
-    return cast(T, value)
+    return cast(T, all_gather_object(function() if is_main() else None)[0])
 
 
 @contextlib.contextmanager
