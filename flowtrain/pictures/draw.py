@@ -37,13 +37,10 @@ Bounds = tuple[float, float, float, float]  # left, right, bottom, top
 
 
 class ImageGrids:
-    """Pictures of images, which are grids."""
-
     def __init__(self, num_bins: int):
         self.num_bins = num_bins
 
     def require_room(self, count: int, shape: Shape, columns: int, what: str) -> None:
-        """Raises `UserError` if a picture of so many images does not fit into memory."""
         grid.require_room(count, shape, columns, what)
 
     def samples(

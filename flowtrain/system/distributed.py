@@ -51,7 +51,6 @@ class Group:
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
 
     def keys(self, name: str) -> list[str]:
-        """The keys of all processes under this name."""
         return [f"{name}/{other}" for other in range(self.world)]
 
     def wait(self, keys: list[str]) -> None:
