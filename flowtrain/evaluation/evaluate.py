@@ -108,7 +108,7 @@ def evaluate(
         non_finite_indices=positions[bad].tolist(),
         max_reconstruction_error=None
         if flow.bijection.inverse_is_sequential
-        else _finite(reconstruction_error(flow, split.take(slice(0, min(64, len(split)))))),
+        else _finite(reconstruction_error(flow, split.take(slice(0, 64)))),
         checkpoint=str(model.checkpoint.path),
         model=model_hash(model),
     )

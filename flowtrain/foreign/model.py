@@ -123,10 +123,11 @@ class ForeignLayer(Bijection):
 
 
 class ForeignBijection(Container):
-    """A foreign flow from data `(B, C, H, W)` to latents `(B, D)`, in float32 or float64.
+    """A foreign flow, not a copy, from data `(B, C, H, W)` to latents `(B, D)`, in float32 or
+    float64.
 
     Its layers are the library's. The flow itself calls them. If an executor is to call them,
-    they are diverted to it for this one call. It is not copied.
+    they are diverted to it for this one call.
     """
 
     def __init__(self, flow: Any, shape: Shape, input_shape: tuple[int, ...]):
