@@ -1,6 +1,5 @@
 """`flowtrain train`."""
 
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -157,8 +156,6 @@ def train(
         raise UserError(f"--extend: uses the last checkpoint, so not with --resume {resume}")
     if init_from and (extend or resume not in ("auto", "never")):
         raise UserError("--init-from: starts a run, so not with --extend or --resume CHECKPOINT")
-    if math.isnan(until):
-        raise UserError(f"--until {until}: expected a number from 0 to 1")
     data, settings.settings = _data_and_settings(settings.settings or [], config)
     words = settings.words("; a configuration is named by --config")
     target = device_of(device, announce=True)

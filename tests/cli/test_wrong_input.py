@@ -116,7 +116,6 @@ TABLE = [
     ("train TINY --run-dir pipe_run", "last.safetensors", "not a regular file"),
     ("train TINY --run-dir odd_run", "--run-dir odd_run", "checkpoints is not a folder"),
     ("train TINY --run-dir new --init-from points", "does not fit this model"),
-    ("train TINY --run-dir new --until nan", "--until nan: expected a number from 0 to 1"),
     ("train TINY --device cpu train.cuda_graph=true", "train.cuda_graph: needs a CUDA device"),
     ("train --config causal_digits.yaml model.orders=2", "data.flip: the orders of model.orders"),
     ("train --config causal_digits.yaml model.orders=2 model.classes=10", "model.orders: 2"),
