@@ -26,7 +26,7 @@ from common import (
     table,
 )
 
-from flowtrain.system.capacity import peak
+from flowtrain.system.capacity import moments
 
 MODES = ("store", "checkpoint", "reversible")
 DEPTHS = (8, 16, 32, 64)
@@ -85,7 +85,8 @@ def _peaks(options: argparse.Namespace) -> None:
 def _activations(step: Callable[[], object], model: torch.nn.Module) -> float:
     step()  # makes the optimizer state
     model.zero_grad(set_to_none=True)
-    return (peak(step, torch.device("cpu")) - sum(p.nbytes for p in model.parameters())) / MIB
+    peak = max(moments(step, torch.device("cpu")))
+    return (peak - sum(p.nbytes for p in model.parameters())) / MIB
 
 
 def _draw(rows: dict[str, list[float]], path: str) -> None:

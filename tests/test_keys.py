@@ -22,7 +22,7 @@ from flowtrain.checkpoints.format import read
 from flowtrain.config import Config, Data, Model, Section, component_names, component_schema, parse
 from flowtrain.data.splits import DataSet
 from flowtrain.errors import UserError
-from flowtrain.system.capacity import peak
+from flowtrain.system.capacity import moments
 from flowtrain.training.loop import fit
 from flowtrain.training.optim import build_optimizers
 from flowtrain.training.run_directory import RunDirectory
@@ -277,5 +277,5 @@ def test_train_memory():
         )
         flow = initialized(build_flow(settings, (1, 8, 8), 17), x, seed=1)
         state = State(settings, flow, build_optimizers(flow, settings.train), None, {})
-        taken[mode] = peak(lambda state=state: train_step(state, x), CPU)
+        taken[mode] = max(moments(lambda state=state: train_step(state, x), CPU))
     assert taken["reversible"] < taken["checkpoint"] < taken["store"]

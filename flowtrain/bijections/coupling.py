@@ -66,7 +66,6 @@ class _ConditionedTransform(Bijection):
         return x, *self._with(x, parameters, self.transform)
 
     def by_entry(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """`z`, and the log-derivatives of its entries."""
         return self._transformed(x, self.predict(x, context), self.transform)
 
 

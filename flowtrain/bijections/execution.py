@@ -21,7 +21,6 @@ Call = Callable[[Bijection, Direction, Tensor, Context | None], tuple[Tensor, Te
 def call(
     layer: Bijection, direction: Direction, x: Tensor, context: Context | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The layer's `forward` or `inverse`."""
     return layer(x, context) if direction == "forward" else layer.inverse(x, context)
 
 

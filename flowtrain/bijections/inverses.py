@@ -116,8 +116,6 @@ class WithProgress(Fused):
 
 
 class Iterating(WithProgress):
-    """Computes inverses by fixed-point iteration (`inverse_by_iteration`)."""
-
     inverse = staticmethod(inverse_by_iteration)
 
 

@@ -47,7 +47,6 @@ def call(
 def likelihood(
     layer: OrdinalAutoregressive, direction: Direction, x: Tensor, context: Context | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The layer's `likelihood`, with dropout."""
     return layer.likelihood(x, unguided(context), noise=x)
 
 

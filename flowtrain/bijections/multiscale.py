@@ -39,9 +39,17 @@ class Multiscale(Container):
     def run(
         self, executor: Executor, direction: Direction, x: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        if direction == "inverse":
-            return self._to_data(executor, x, context)
         total = x.new_zeros(x.shape[0])
+        if direction == "inverse":
+            latents = self.split_latents(x)
+            x = latents[-1][:, :0]
+            levels = zip(reversed(self.steps()), reversed(latents), strict=True)
+            for (level, prior), latent in levels:
+                x = torch.cat([x, latent], dim=1)
+                x, prior_log_det = prior.run(executor, "inverse", x, context)
+                x, log_det = level.run(executor, "inverse", x, context)
+                total = total + log_det + prior_log_det
+            return x, total
         latents = []
         for (level, prior), (channels, _, _) in zip(self.steps(), self.latent_shapes, strict=True):
             x, log_det = level.run(executor, "forward", x, context)
@@ -54,19 +62,6 @@ class Multiscale(Container):
     def steps(self) -> list[tuple[Bijection, Bijection]]:
         """Each level with its prior, finest first."""
         return list(zip(self.levels, self.priors, strict=True))  # type: ignore[arg-type]
-
-    def _to_data(
-        self, executor: Executor, z: Tensor, context: Context | None
-    ) -> tuple[Tensor, Tensor]:
-        total = z.new_zeros(z.shape[0])
-        latents = self.split_latents(z)
-        x = latents[-1][:, :0]
-        for (level, prior), latent in zip(reversed(self.steps()), reversed(latents), strict=True):
-            x = torch.cat([x, latent], dim=1)
-            x, prior_log_det = prior.run(executor, "inverse", x, context)
-            x, log_det = level.run(executor, "inverse", x, context)
-            total = total + log_det + prior_log_det
-        return x, total
 
     def split_latents(self, z: Tensor) -> list[Tensor]:
         parts = z.split(self.sizes, dim=1)

@@ -97,8 +97,7 @@ class CircularSplineTransform(SplineTransform):
     """
 
     def __init__(self, bins: int = 8):
-        super().__init__(bins, math.pi)
-        self.parameters_per_entry = 3 * bins + 1
+        super().__init__(bins, math.pi, free_ends=True)
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         turned = x + self._turn(x, parameters)

@@ -63,7 +63,6 @@ class Checkpoint:
 
 
 def versions() -> dict[str, str]:
-    """The versions that the description holds."""
     return {
         "flowtrain": flowtrain.__version__,
         "torch": torch.__version__,
@@ -72,7 +71,6 @@ def versions() -> dict[str, str]:
 
 
 def encoded(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of a checkpoint."""
     return b"".join(pieces(meta, tensors))
 
 

@@ -98,8 +98,6 @@ def run_of(path: Path) -> Path:
 
 @dataclass
 class LoadedModel:
-    """A flow, and the checkpoint that it came from."""
-
     flow: Flow
     config: Config
     weights: str  # ema or raw

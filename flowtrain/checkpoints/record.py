@@ -79,12 +79,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_summary(path: Path) -> Summary:
-    """The `summary.json` of a run."""
     return checked(Summary, _text(path), str(path))
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """The result of `flowtrain evaluate`."""
     return checked(Evaluation, _text(path), str(path))
 
 

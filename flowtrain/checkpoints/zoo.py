@@ -43,7 +43,6 @@ def names() -> list[str]:
 
 
 def checkpoint_of(name: str) -> Path:
-    """The file of a trained model."""
     return FOLDER / f"{name}.safetensors"
 
 

@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -284,7 +283,6 @@ class ModelOptions:
     device: DeviceOption = "auto"
 
     def load_model(self, conditional: bool = False, mirror: bool = False) -> "LoadedModel":
-        """As `load`."""
         return load(self.model, self.device, self.weights, self.trust_code, conditional, mirror)
 
 
@@ -297,7 +295,6 @@ class DataOptions(SettingOptions, ModelOptions):
             self.settings, self.model = [self.model, *(self.settings or [])], None
 
     def data(self, loaded: "LoadedModel", dataset: str | None = None) -> "DataSet":
-        """As `data_of`."""
         return data_of(loaded, self.words(), dataset)
 
 
@@ -404,13 +401,6 @@ def _prepare_cpu() -> str | None:
     return threads.use_free_cores()
 
 
-def mention_unused(name: str, device: "torch.device") -> None:
-    """Prints a line if the command leaves GPUs unused. `name` is the value of `--device`."""
-    from flowtrain.system import device as devices
-
-    devices.mention_unused(name, device, sys.argv[1:])
-
-
 def data_of(
     loaded: "LoadedModel", settings: list[str] | None = None, dataset: str | None = None
 ) -> "DataSet":
@@ -485,7 +475,6 @@ def write_json(result: Mapping[str, object], given: str | None, default: Path) -
 
 
 def print_table(result: Mapping[str, object]) -> None:
-    """Prints one row per entry."""
     from rich.table import Table
 
     from flowtrain.system.console import console

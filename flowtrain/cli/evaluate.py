@@ -16,7 +16,6 @@ from flowtrain.cli.base import (
     SeedOption,
     SplitOption,
     command,
-    mention_unused,
     on_all_processes,
     output,
     print_table,
@@ -70,6 +69,7 @@ def evaluate(
     from flowtrain.evaluation import evaluate as evaluation
     from flowtrain.system import distributed
     from flowtrain.system.console import ProgressBar, console
+    from flowtrain.system.device import mention_unused
     from flowtrain.system.files import save
 
     require_file(json_out, "--json")

@@ -14,7 +14,6 @@ from flowtrain.cli.base import (
     command,
     device_of,
     fail,
-    mention_unused,
     on_all_processes,
 )
 from flowtrain.errors import UserError
@@ -151,7 +150,7 @@ def train(
     is chosen that suits the data, --budget and --for.
     """
     from flowtrain import config as configuration
-    from flowtrain.system.device import mention_slow_bf16
+    from flowtrain.system.device import mention_slow_bf16, mention_unused
 
     if extend and resume != "auto":
         raise UserError(f"--extend: uses the last checkpoint, so not with --resume {resume}")

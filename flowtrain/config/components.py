@@ -32,8 +32,6 @@ DEEPEST = 20  # parts of a dotted name
 
 
 class Named(NamedTuple):
-    """A named data set or model."""
-
     build: Callable[..., Any]
     about: str  # paragraphs of documentation: first the name, then shape and files
     details: str

@@ -93,8 +93,7 @@ def undivided(config: DataConfig, own: DataConfig) -> Images | None:
             kept[:], x = folder.read_files(files, named, "--data", shape, 256, options["resize"])
             return x
 
-        def names_of_images() -> list[str]:
-            return [names[i] for i in kept]
-
-        return Images(shape=shape, num_bins=256, read=decode, names=names_of_images)
+        return Images(
+            shape=shape, num_bins=256, read=decode, names=lambda: [names[i] for i in kept]
+        )
     return None

@@ -61,7 +61,6 @@ class Split:
         return torch.from_numpy(quantize(pixels, self.reduced_to) if self.reduced_to else pixels)
 
     def at(self, positions: np.ndarray) -> "Split":
-        """The images at some positions, as a split."""
         return dataclasses.replace(self, indices=self.indices[positions])
 
     def sample(self, most: int, seed: int = 0) -> "Split":
@@ -232,13 +231,11 @@ class _Part:
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """A digest of each image: see `flowtrain.datasets.base.digests`."""
         known = self.images.digests
         return base.digests(self.pixels, self.rows) if known is None else known()[self.rows]
 
     @cached_property
     def first(self) -> np.ndarray:
-        """For each image, the first equal one."""
         return base.first_equal(self.digests)
 
 

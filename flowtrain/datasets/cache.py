@@ -252,7 +252,6 @@ def _write(path: Path, source: Source, shape: Shape) -> dict[str, str]:
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
-    """Writes the header of a .npy file of uint8."""
     header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 

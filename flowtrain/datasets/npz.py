@@ -210,7 +210,6 @@ def _require_memory(parts: list[Stored], layout: Layout) -> None:
 
 
 def _piece(array: Stored, layout: Layout) -> Piece:
-    """The images of an array, mapped."""
     assert array.offset is not None
     with array.file.opened(array.name) as file:
         return piece(array.file.path, file, array.offset, array.shape, array.fortran, layout)

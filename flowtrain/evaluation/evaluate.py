@@ -108,7 +108,7 @@ def evaluate(
         non_finite_indices=positions[bad].tolist(),
         max_reconstruction_error=None
         if flow.bijection.inverse_is_sequential
-        else _finite(reconstruction_error(flow, split.take(slice(0, min(64, len(split)))))),
+        else _finite(reconstruction_error(flow, split.take(slice(0, 64)))),
         checkpoint=str(model.checkpoint.path),
         model=model_hash(model),
     )
@@ -205,7 +205,6 @@ def _classification(scores: Scores, flow: Flow, labels: Tensor | None) -> dict[s
     if labels is None:
         return classes
     by_class = scores.log_prob_by_class
-    labels = labels[: by_class.shape[1]]
     given = flow.loss(by_class.gather(0, labels[None])[0])
     correct = torch.where(
         torch.isfinite(by_class).all(dim=0), by_class.argmax(dim=0) == labels, math.nan

@@ -81,7 +81,7 @@ def sampling_batch_size(flow: Flow) -> int:
 
 def denoising_batch_size(flow: Flow) -> int:
     """The number of images to decode and denoise at a time, a power of two."""
-    x = torch.zeros(1, *flow.shape, dtype=torch.uint8, device=flow.device)
+    x = flow.example()
 
     def denoise(images: Tensor) -> Tensor:
         count = len(images)

@@ -233,11 +233,11 @@ def _zuko(flow: Any) -> Adapted | None:
     transform, base = distribution.transform, distribution.base
     parts = getattr(transform, "transforms", [transform])
 
-    def step(index: int, part: Any) -> Step:
-        inverse = part.inv.call_and_ladj
-        return Step(f"{index} {type(part).__name__}", part.call_and_ladj, inverse)
-
-    return _chain([step(index, part) for index, part in enumerate(parts)], base, distribution)
+    steps = [
+        Step(f"{index} {type(part).__name__}", part.call_and_ladj, part.inv.call_and_ladj)
+        for index, part in enumerate(parts)
+    ]
+    return _chain(steps, base, distribution)
 
 
 def _torch(flow: Any) -> Adapted | None:

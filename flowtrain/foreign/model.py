@@ -55,9 +55,6 @@ class Source:
     def adapted(self) -> Adapted:
         return self.running or adapt(self.flow)
 
-    def step(self, index: int) -> Step:
-        return self.adapted.layers[index]
-
     def parts(self, z: Tensor) -> list[Tensor]:
         """Latents `(B, D)` as the tensors of the flow."""
         sizes = [math.prod(shape) for shape in self.latent_shapes]
@@ -111,13 +108,13 @@ class ForeignLayer(Bijection):
 
     def forward(self, x: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         with self.source.called(x.dtype):
-            z, log_det = self.source.step(self.index).forward(x.clone())
+            z, log_det = self.source.adapted.layers[self.index].forward(x.clone())
             if not isinstance(z, Tensor):
                 z = torch.cat([part.flatten(1) for part in z], dim=1)
             return z, _per_example(log_det, x)
 
     def inverse(self, z: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        step = self.source.step(self.index)
+        step = self.source.adapted.layers[self.index]
         in_list = step.diverted is None and len(self.source.latent_shapes) > 1
         with self.source.called(z.dtype):
             z = z.clone()
@@ -126,15 +123,11 @@ class ForeignLayer(Bijection):
 
 
 class ForeignBijection(Container):
-    """A foreign flow from data `(B, C, H, W)` to latents `(B, D)`, in float32 or float64.
+    """A foreign flow, not a copy, from data `(B, C, H, W)` to latents `(B, D)`, in float32 or
+    float64.
 
     Its layers are the library's. The flow itself calls them. If an executor is to call them,
     they are diverted to it for this one call.
-
-    Args:
-        flow: The flow of the contract. It is not copied.
-        shape: The shape of one image.
-        input_shape: The shape of one example for the flow.
     """
 
     def __init__(self, flow: Any, shape: Shape, input_shape: tuple[int, ...]):

@@ -180,7 +180,6 @@ def check_name(name: str) -> None:
 
 
 def file_of(model: LoadedModel) -> Path:
-    """Where the attributes of a model are kept."""
     return run_of(model.checkpoint.path) / "attributes.npz"
 
 

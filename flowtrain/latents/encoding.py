@@ -1,6 +1,5 @@
 """Images to latents and back, for any number of images, and images that a command line names."""
 
-import itertools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -79,9 +78,9 @@ def named_images(
     if model.flow.num_bins is None:
         x = read_points(paths, model)[:count]
         return [f"{i:05}" for i in range(len(x))], x
-    found = dict(itertools.islice(files_at(paths, "--images").items(), count))
-    kept, x = readable_images(list(found.values()), paths, model, "--images")
-    names = list(found)
+    found = files_at(paths, "--images")
+    names = list(found)[:count]
+    kept, x = readable_images([found[name] for name in names], paths, model, "--images")
     return [names[i] for i in kept], x
 
 

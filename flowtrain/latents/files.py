@@ -37,7 +37,6 @@ class Latents:
 
 
 def npz(latents: Latents, model: LoadedModel) -> bytes:
-    """The bytes of a file of latents."""
     arrays: dict[str, Any] = {
         "format": np.array(FORMAT),
         "model": np.array(model_hash(model)),

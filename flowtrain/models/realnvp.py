@@ -17,7 +17,6 @@ couplings that keep the halves of the vector by turns, with fully connected cond
 `transform: spline` it is RQ-NSF (C) without its linear layers (Durkan et al. 2019).
 """
 
-from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
@@ -31,7 +30,6 @@ from flowtrain.bijections import (
     Multiscale,
     Sequential,
     Squeeze,
-    Transform,
 )
 from flowtrain.models.base import TRANSFORMS, Elementwise, check_squeezes, vector_coupling
 from flowtrain.nets.convolution import channels_of
@@ -68,7 +66,12 @@ def build(
     elementwise = TRANSFORMS[transform]
     parameters = elementwise().parameters_per_entry
     if shape[1:] == (1, 1) and context is None:
-        return _of_vectors(shape, 4 * levels, width, blocks, elementwise)
+        dims = shape[0]
+        vector_layers: list[Bijection] = [Flatten(shape)]
+        for i in range(4 * levels):
+            coupling = vector_coupling(i, dims, width, blocks, elementwise())
+            vector_layers += [ActNorm((dims,)), coupling]
+        return Sequential(*vector_layers)
     check_squeezes(shape, levels - 1, levels)
     channels, height, side = shape
     level_bijections: list[Bijection] = []
@@ -98,18 +101,3 @@ def build(
         level_bijections.append(Sequential(*layers))
     # As in the paper, the prior is N(0, I) at every scale.
     return Multiscale(level_bijections, [Sequential() for _ in range(levels)], latent_shapes)
-
-
-def _of_vectors(
-    shape: Shape,
-    couplings: int,
-    width: int,
-    hidden_layers: int,
-    elementwise: Callable[[], Transform],
-) -> Bijection:
-    dims = shape[0]
-    layers: list[Bijection] = [Flatten(shape)]
-    for i in range(couplings):
-        coupling = vector_coupling(i, dims, width, hidden_layers, elementwise())
-        layers += [ActNorm((dims,)), coupling]
-    return Sequential(*layers)

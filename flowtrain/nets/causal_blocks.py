@@ -79,7 +79,6 @@ class ConvolutionByToken:
         self.conv.write(j, norm_of_columns(x))
 
     def read(self, x: Tensor, j: int) -> Tensor:
-        """The result in column j for the input `x`."""
         return torch.addmm(x, self.weight, self.hidden(j).relu_()).add_(self.bias)
 
     def hidden(self, j: int) -> Tensor:

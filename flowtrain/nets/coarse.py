@@ -13,14 +13,11 @@ class CoarseStream(Block):
     """Residual blocks over cells of 2x2 tokens, at a quarter of the cost of blocks over tokens.
 
     A row of cells is two rows of tokens, and is added to the next two rows of tokens. So all its
-    tokens come before these, and the convolutions may see cells to both sides. Raises `ValueError`
-    for fewer than three rows of tokens, to which no row of cells is added.
+    tokens come before these, and the convolutions may see cells to both sides.
     """
 
     def __init__(self, width: int, blocks: int, size: tuple[int, int]):
         super().__init__()
-        if size[0] < 3:
-            raise ValueError(f"a coarse stream needs three rows of tokens, got {size[0]}")
         self.first = nn.Linear(4 * width, width)
         window = Window(1, 1, ahead=2)
         self.blocks = nn.ModuleList(ConvolutionBlock(width, window) for _ in range(blocks))

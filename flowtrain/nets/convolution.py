@@ -106,7 +106,6 @@ class _IntegerReLU(torch.autograd.Function):
 
 
 def relu_(x: Tensor) -> Tensor:
-    """ReLU in place."""
     on_integers = x.dtype == torch.bfloat16 and x.device.type == "cpu"
     # torch's compiler has no vector instructions for 16-bit integers, so a step takes 1.5 times as
     # long.

@@ -47,7 +47,6 @@ class ResidualNet(nn.Module):
         self.last = ZeroConv2d(width, out_channels, 1)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Sets the normalizations from the input on the first batch."""
         h = self.first(with_context(x, context))
         for block in self.blocks:
             block.initialize(h)  # type: ignore[operator]

@@ -37,13 +37,10 @@ Bounds = tuple[float, float, float, float]  # left, right, bottom, top
 
 
 class ImageGrids:
-    """Pictures of images, which are grids."""
-
     def __init__(self, num_bins: int):
         self.num_bins = num_bins
 
     def require_room(self, count: int, shape: Shape, columns: int, what: str) -> None:
-        """Raises `UserError` if a picture of so many images does not fit into memory."""
         grid.require_room(count, shape, columns, what)
 
     def samples(
@@ -87,14 +84,14 @@ class PointPlots:
         """
         flow, beside = self.flow, self._beside()
         bounds = _bounds(beside)
-        z = flow.draw_latents(len(x) // len(temperatures), generator(seed, Stream.LATENTS))
+        each = x.chunk(len(temperatures))
+        z = flow.draw_latents(min(len(each[0]), POINTS), generator(seed, Stream.LATENTS))
         columns = 2 + len(temperatures)
         stages = _full_rows(stages_of(flow.bijection, flow.latents_of_classes(z)), columns)
         figure, (upper, *lower) = _figure(1 + -(-len(stages) // columns), columns)
         first, *middle = upper
         _scatter(first, f"data ({len(beside):,})", beside, bounds)
-        parts = zip(middle, torch.split(x, len(z)), temperatures, strict=False)
-        for axes, part, temperature in parts:
+        for axes, part, temperature in zip(middle, each, temperatures, strict=False):
             at = "" if temperature == 1 else f" at {temperature:g}"
             _scatter(axes, f"samples{at} ({len(part):,})", part, bounds)
         _density(middle[-1], flow, bounds)

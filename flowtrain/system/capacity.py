@@ -101,11 +101,6 @@ def _of_the_group(cgroup: Path) -> int:
     return max(0, limit - used + files)
 
 
-def peak(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors that `run` allocates at its peak, beyond those that exist before it."""
-    return max(moments(run, device))
-
-
 def moments(run: Callable[[], object], device: torch.device) -> list[int]:
     """Bytes of tensors beyond those that exist before `run`, at their peak in each operation, of
     which scratch memory for each image is a part. On a GPU, only the largest of these numbers.

@@ -14,7 +14,7 @@ CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - set(b"\t\n"), "?")
 
 
 class _Output(Console):
-    outlives_terminal = False
+    outlives_terminal = False  # whether printing to a closed terminal or pipe is no error
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(text.translate(CONTROLS), **options)
@@ -30,11 +30,6 @@ class _Output(Console):
 
 
 console = _Output(highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def outlive_the_terminal() -> None:
-    """From now on, printing to a closed terminal or pipe is no error."""
-    console.outlives_terminal = True
 
 
 def duration(seconds: float) -> str:

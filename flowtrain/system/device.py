@@ -5,7 +5,6 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -147,10 +146,9 @@ def mention_slow_bf16(precision: str, device: torch.device) -> None:
         )
 
 
-def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> None:
+def mention_unused(name: str, device: torch.device) -> None:
     """Prints a line if other GPUs stay unused, with the command that uses all of them. `name` is
-    the value of `--device`: a device with a number was chosen. `words` are the arguments of this
-    command.
+    the value of `--device`: a device with a number was chosen.
     """
     if distributed.world() > 1 or device.type not in NUMBERED or ":" in name:
         return
@@ -160,7 +158,7 @@ def mention_unused(name: str, device: torch.device, words: Sequence[str]) -> Non
         known = shutil.which("torchrun") is not None
         launcher = ["torchrun"] if known else [sys.executable, "-m", "torch.distributed.run"]
         line = [*launcher, "--standalone", "--nproc-per-node", str(count), "-m", "flowtrain"]
-        console.print(f"1 of {count} GPUs is used; to use all: {shlex.join([*line, *words])}")
+        console.print(f"1 of {count} GPUs is used; to use all: {shlex.join(line + sys.argv[1:])}")
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

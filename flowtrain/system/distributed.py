@@ -51,7 +51,6 @@ class Group:
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
 
     def keys(self, name: str) -> list[str]:
-        """The keys of all processes under this name."""
         return [f"{name}/{other}" for other in range(self.world)]
 
     def wait(self, keys: list[str]) -> None:
@@ -142,8 +141,7 @@ def barrier() -> None:
 
 def from_main(function: Callable[[], T]) -> T:
     """The result (plain data) of `function`, which only process 0 calls. An error ends all."""
-    value = all_gather_object(function() if is_main() else None)[0]
-    return cast(T, value)
+    return cast(T, all_gather_object(function() if is_main() else None)[0])
 
 
 @contextlib.contextmanager

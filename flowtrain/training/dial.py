@@ -13,7 +13,7 @@ import torch
 
 from flowtrain import config as configuration
 from flowtrain.checkpoints.build import build_flow
-from flowtrain.config import Config, Data
+from flowtrain.config import Config
 from flowtrain.data.named import section_named, source
 from flowtrain.data.splits import DataSet, Split, sampled
 from flowtrain.datasets import base, folder
@@ -230,12 +230,8 @@ def _measured(
     return Step(train.precision, batch, parts, max(distributed.all_gather_object(seconds)))
 
 
-def _default_data() -> Data:
-    return configuration.parse({}).data
-
-
 def _named(name: str) -> Values:
-    return section_named(name, _default_data(), (3, SIDES[0], SIDES[0]), "DATA")
+    return section_named(name, configuration.parse({}).data, (3, SIDES[0], SIDES[0]), "DATA")
 
 
 def _section(name: str, size_given: bool) -> Values:
@@ -264,7 +260,7 @@ def _section(name: str, size_given: bool) -> Values:
 def _data_keys(data: DataSet, train: Split, count: int) -> Values:
     """Further keys of `data`, unless they are given."""
     own, found = data.config, Values()
-    if count >= 10 * VALIDATED and own.validation == _default_data().validation:
+    if count >= 10 * VALIDATED and own.validation == configuration.parse({}).data.validation:
         found["validation"] = VALIDATED
     if own.flip is None and "path" in own.options() and data.shape[0] == 3:
         console.print("flips: half of the images in training (data.flip=false: none)")

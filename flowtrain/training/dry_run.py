@@ -70,8 +70,6 @@ class Activations:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a run."""
-
     fixed_bytes: int  # weights, gradients, the average of the weights and the optimizer's state
     available_bytes: int  # to this process
     copy_bytes: int  # the copy of a checkpoint that is written in the background, on the host
@@ -116,8 +114,6 @@ class Growth:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a run."""
-
     parameters: dict[str, int]  # by class of module, the largest number first
     compute: Compute
     memory: Memory

@@ -15,7 +15,7 @@ from flowtrain.data.splits import DataSet, Split, fingerprint_of
 from flowtrain.errors import Interrupted, RunError
 from flowtrain.evaluation.layers import first_non_finite
 from flowtrain.system import distributed, torchrun
-from flowtrain.system.console import ProgressBar, console, outlive_the_terminal
+from flowtrain.system.console import ProgressBar, console
 from flowtrain.training import loggers, reporting
 from flowtrain.training.delayed_metrics import DelayedMetrics, StepMetrics
 from flowtrain.training.optim import copies_of_weights, learning_rate
@@ -51,7 +51,7 @@ def fit(
         RunError: after too many non-finite steps, after a last validation that was not finite, or
             if the run directory cannot be written.
     """
-    outlive_the_terminal()
+    console.outlives_terminal = True
     loggers.require(config.train.logger)
     with distributed.main_process_first():  # it may list a large folder
         data = DataSet(config.data)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,6 @@ class RunDirectory:
         return None
 
     def last_validation(self) -> Row | None:
-        """The last row of the validation split."""
         rows = map(_row, reversed(self._read(self.metrics).split(b"\n")))
         return next((row for row in rows if row is not None and row.split == "validation"), None)
 
@@ -232,7 +231,6 @@ class RunDirectory:
 
     @distributed.main_only
     def chart(self, values: Mapping[str, float], step: int) -> None:
-        """Gives figures to the loggers."""
         for logger in self._loggers:
             logger.scalars(values, step)
 
@@ -280,7 +278,8 @@ class RunDirectory:
         also += [self.best] if best else []
 
         def write(tensors: Mapping[str, Tensor]) -> None:
-            self._checkpoint(self.last, meta, tensors, also)
+            self._require_there()
+            write_atomically(self.last, checkpoint_format.pieces(meta, tensors), also)
             self.prune(meta["step"], keep)
             self.write_json("summary.json", summary)
 
@@ -289,16 +288,6 @@ class RunDirectory:
             write(tensors)
         else:
             self.saving.start(tensors, write)
-
-    def _checkpoint(
-        self,
-        path: Path,
-        meta: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        also: Sequence[Path] = (),
-    ) -> None:
-        self._require_there()
-        write_atomically(path, checkpoint_format.pieces(meta, tensors), also)
 
     def _numbered(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}{SUFFIX}"

@@ -20,8 +20,6 @@ from flowtrain.training.optim import EMA, HOST_DECIDES, first_state, parameters_
 
 @dataclass
 class State:
-    """Everything that a step changes."""
-
     config: Config
     flow: Flow
     optimizers: list[torch.optim.Optimizer]

@@ -84,7 +84,6 @@ class Clock:
             self.state.progress.seconds += elapsed
 
     def _elapsed(self) -> float:
-        """The seconds since the last call."""
         now = self.now()
         elapsed, self.last = now - self.last, now
         return elapsed

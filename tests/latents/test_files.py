@@ -129,7 +129,7 @@ def test_unusable_files_of_folders_are_left_out(model, tmp_path, caplog):
     a, b = tmp_path / "a", tmp_path / "b"
     (a / "bad.png").write_text("no picture")
     (b / "worse.png").symlink_to("nowhere")
-    names, x = encoding.named_images([a, b], model, None)
+    names, x = encoding.named_images([a, b], model, 10**30)  # as a command line may have it
     assert names == ["x.png", "y.png", "z.gif"] and (x == 16).all() and len(x) == 3
     same = f"--images {b}/x.png: it has the same name as {a}/x.png, and is left out, like 1 more"
     assert same in caplog.text and caplog.text.count("the same name") == 1

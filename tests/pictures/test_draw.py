@@ -67,6 +67,13 @@ def test_points_are_drawn_beside_the_data(monkeypatch):
     assert not torch.equal(frames[0], frames[1])
     for few in (rows[0], rows[0, :1]):
         assert drawing.samples(few, 8, 0).shape[0] == 3
+    taken, stages_of = [], draw.stages_of
+    monkeypatch.setattr(
+        draw, "stages_of", lambda layer, z: (taken.append(len(z)), stages_of(layer, z))[1]
+    )
+    monkeypatch.setattr(draw, "POINTS", 2)
+    drawing.samples(rows[0], 8, 0)
+    assert taken == [2]  # as many as are shown
 
 
 def test_the_mesh_of_the_plane_and_the_sphere():

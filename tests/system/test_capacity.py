@@ -66,7 +66,7 @@ def test_the_memory_of_a_gpu(kind, monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", {torch.device(kind, 1): module}.__getitem__)
     device = torch.device(kind, 1)
     assert capacity.available(device) == capacity.left(device) == 1050
-    assert capacity.peak(run, device) == 650 and waited == [device]
+    assert capacity.moments(run, device) == [650] and waited == [device]
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

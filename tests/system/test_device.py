@@ -161,9 +161,10 @@ def test_gpus_that_stay_unused(machine, monkeypatch):
     machine(cuda=8, xpu=2)
     words = ["train", "--set", "data.path=my images.npz", "--device", "cuda"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/flowtrain", *words])
-    base.mention_unused("auto", torch.device("cuda"))
+    devices.mention_unused("auto", torch.device("cuda"))
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
-    devices.mention_unused("xpu", torch.device("xpu"), ["evaluate"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/flowtrain", "evaluate"])
+    devices.mention_unused("xpu", torch.device("xpu"))
     assert lines == [
         "1 of 8 GPUs is used; to use all: torchrun --standalone --nproc-per-node 8 -m flowtrain "
         "train --set 'data.path=my images.npz' --device cuda",
@@ -171,12 +172,12 @@ def test_gpus_that_stay_unused(machine, monkeypatch):
         "--nproc-per-node 2 -m flowtrain evaluate",
     ]
     for name in ("cuda:3", "cpu", "mps"):  # the first was chosen
-        devices.mention_unused(name, torch.device(name), [])
+        devices.mention_unused(name, torch.device(name))
     machine(cuda=1, xpu=8)
-    devices.mention_unused("auto", torch.device("cuda:0"), [])
+    devices.mention_unused("auto", torch.device("cuda:0"))
     machine(cuda=8)
     monkeypatch.setattr(distributed, "group", distributed.Group(dist.HashStore(), 0, 8))
-    devices.mention_unused("auto", torch.device("cuda:0"), [])
+    devices.mention_unused("auto", torch.device("cuda:0"))
     assert len(lines) == 2
 
 
