@@ -191,11 +191,8 @@ def test_an_imported_model_is_an_ordinary_checkpoint(tmp_path):
         ["decompress", "a.fta", "--out", "back"],
     ):
         quick(*words, cwd=tmp_path).ok()
-    for wrong, said in (
-        ("--out=a.safetensors", "--out a.safetensors: is a checkpoint; give another name"),
-        ("--set=data.flip=true", "a.safetensors: is a checkpoint; give another name"),
-    ):
-        quick("import", "a.pt", "--from", "rosinality", wrong, cwd=tmp_path).failed(2, said)
+    again = quick("import", "a.pt", "--from", "rosinality", cwd=tmp_path)
+    again.failed(2, "a.safetensors: is a checkpoint; give another name")
     (tmp_path / "a.safetensors").unlink()
     for wrong, said in (
         ("model.width=3", "--set model.width=3: only keys of data and deq"),
