@@ -45,7 +45,6 @@ def test_no_space_left(room, what, options, tmp_path):
 
 def test_no_space_left_for_an_output(tmp_path):
     args = [trained()["glow"], "--num-images", 2000, "--out", "a.npz"]
-    quick("sample", *args, cwd=tmp_path, file_limit=5000).failed(
-        1, "a.npz: cannot be written", "File too large"
-    )
+    done = quick("sample", *args, cwd=tmp_path, file_limit=5000)
+    done.failed(1, "a.npz: cannot be written", "File too large")
     assert list(tmp_path.iterdir()) == []

@@ -67,8 +67,6 @@ def bad(found):
     return {key[:2] for key, f in found.items() if f.verdict == "bad"}
 
 
-# ---------------------------------------------------------------- sound models
-
 SPLINES = {"coupling": "spline", "prior": "spline", "conditioner": "gated"}
 MIXTURES = {"coupling": "mixture", "prior": "mixture"}
 LOGIT = {**VARIATIONAL, "transform": "logit"}
@@ -488,9 +486,8 @@ def test_memory_that_runs_out_is_no_finding(tmp_path, monkeypatch):
 
 def test_the_command(run, tmp_path):
     done = quick("doctor", "--num-images", 5, "--seed", 1, "--weights", "raw", cwd=tmp_path)
-    done.failed(
-        1, "1 of", "the worst first: the whole model"
-    )  # worse than a uniform coder after 20 steps
+    # After 20 steps, it is worse than a uniform coder.
+    done.failed(1, "1 of", "the worst first: the whole model")
     values = json.loads((run / "doctor.json").read_text())
     findings = values["findings"]
     assert "wrote runs/glow_digits/doctor.json" in done.out

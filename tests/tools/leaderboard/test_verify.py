@@ -22,6 +22,8 @@ from flowtrain.flow.dequantize import GaussianDequantizer
 from flowtrain.tools.leaderboard import verify as verifying
 from flowtrain.tools.leaderboard.verify import Benchmark, identity, verify
 
+pytestmark = pytest.mark.run
+
 
 def dataset(section):
     return DataSet(parse({"data": section}).data)
@@ -62,7 +64,6 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.run
 def test_a_sound_run(run, monkeypatch):
     found, mirrored = verified(run), verified(run, load_model(str(run), CPU, mirror=True))
     evaluated = json.loads((run / "evaluate-test.json").read_text())
@@ -170,21 +171,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("message", CHANGES)
-@pytest.mark.run
 def test_changed_files(message, run):
     CHANGES[message](run)
     with pytest.raises(UserError, match=f"run: {message}"):
         verified(run)
 
 
-@pytest.mark.run
 def test_a_pipe_among_the_events(run):
     os.mkfifo(run / "events.out.tfevents.9")
     with pytest.raises(OSError, match="not a regular file"):
         verified(run)
 
 
-@pytest.mark.run
 def test_other_data(run, tmp_path, monkeypatch):
     arrays = dict(np.load(load_model(str(run), CPU).config.data.path))
 
@@ -211,7 +209,6 @@ def test_other_data(run, tmp_path, monkeypatch):
         verified(run, path=overlapping)
 
 
-@pytest.mark.run
 def test_the_command(tmp_path):
     """Only runs of the benchmarks have a row."""
     run = trained()["glow"]

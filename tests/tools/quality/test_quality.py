@@ -221,8 +221,6 @@ def test_samples_depend_on_the_seed_and_their_position(tmp_path, monkeypatch):
     monkeypatch.setattr(capacity, "left", lambda device: 1500)  # bytes, for 10 x 160
     with pytest.raises(UserError, match="--num-images 10: the samples need"):
         samples.draw(model, 10, tmp_path / "many", 7)
-    with pytest.raises(UserError, match="--num-images 10000000000: the samples need"):
-        samples.draw(model, 10**10, tmp_path / "many", 7)
 
 
 @pytest.mark.run

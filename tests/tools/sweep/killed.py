@@ -16,7 +16,6 @@ sys.path.append(str(Path(__file__).parents[2] / "adversarial"))
 import children
 import kills
 
-from flowtrain.cli.main import main as flowtrain
 from flowtrain.tools.sweep import table
 from flowtrain.tools.sweep.work import Sweep
 
@@ -55,17 +54,7 @@ def forked(self, words, log, environment, claim) -> int:
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        code = 1
-        try:
-            for number in (1, 2):
-                os.dup2(log.fileno(), number)
-            sys.argv = ["flowtrain", *words]
-            flowtrain()
-        except SystemExit as ended:
-            code = ended.code or 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+        children.become(words, Path.cwd(), [log.name] * 2, seconds=120, memory=768)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
