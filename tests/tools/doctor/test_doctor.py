@@ -84,7 +84,6 @@ SOUND = [
 
 @pytest.mark.parametrize("name, options", SOUND, ids=str)
 def test_a_sound_model(name, options, tmp_path):
-    """Nothing is bad, and no check is missing."""
     model, data = a_model(tmp_path, name, **options)
     steps = []
     found = examined(

@@ -55,7 +55,6 @@ def bad(found):
     "images, name", [*((True, name) for name in flows.IMAGES), *((False, name) for name in POINTS)]
 )
 def test_a_sound_flow(images, name):
-    """Nothing is bad, and every layer of the library is checked."""
     if images:
         contract = flows.IMAGES[name]()
     else:
@@ -200,7 +199,6 @@ def twice(own, self, x):
 
 
 def of_both(change):
-    """A change of the latents and the log-det."""
     return lambda own, self, x: change(*own(x))
 
 
@@ -367,7 +365,6 @@ def test_other_faults(contract, check, words):
 
 
 def test_what_is_no_fault():
-    """Of the flows above."""
     for scale in (1.0, 2.0):  # where the estimate may exceed 1
         found = checked(of_few(0, scale)())
         assert found["integral", "", ""].value == 0 and bad(found) == {}

@@ -28,7 +28,6 @@ def browser():
 
 @contextlib.contextmanager
 def page_of(browser, session):
-    """The page of another session."""
     with contextlib.closing(Running(session)) as running:
         page = browser.new_page()
         page.set_default_timeout(PATIENCE)

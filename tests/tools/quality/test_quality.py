@@ -67,7 +67,6 @@ def test_kid_of_gaussians_is_the_closed_form_within_its_error(pairs):
 
 
 def test_neighbours_are_those_of_the_papers():
-    """The definitions, as they stand, on few points."""
     x, y = torch.randn(2, 60, 2, generator=seeded(), dtype=torch.float64)
     x = x[:40] + 1
     between, own = torch.cdist(y, x), torch.cdist(y, y).sort(dim=1).values
