@@ -37,6 +37,8 @@ class Operations(kills.Operations):
     """Counts the file operations of the sweep and of its commands. All of them end at `fatal`."""
 
     def __init__(self, fatal: int | None, log: Path):
+        os.setpgid(0, 0)
+        Sweep._call = forked
         self.shared = multiprocessing.Value("q")
         super().__init__(fatal, log)
 
@@ -59,15 +61,11 @@ def forked(self, words, log, environment, claim) -> int:
 
 
 def run(folder: Path, fatal: int | None = None) -> tuple[children.Outcome, int]:
-    def before() -> None:
-        os.setpgid(0, 0)
-        Sweep._call = forked
-        Operations(fatal, folder / "operations")
-
     folder.mkdir(exist_ok=True)
     (folder / "sweep.yaml").write_text(PLAN)
-    done = children.run(COMMAND, folder, seconds=120, before=before)
-    return done, len((folder / "operations").read_text().splitlines())
+    log = folder / "operations"
+    done = children.run(COMMAND, folder, seconds=120, before=lambda: Operations(fatal, log))
+    return done, len(log.read_text().splitlines())
 
 
 def results(folder: Path) -> dict[str, object]:
