@@ -63,7 +63,7 @@ def run(
     held = (resident - shared) * resource.getpagesize()  # a fork begins without pages of files
     child = os.fork()
     if child == 0:
-        _become(words, folder, files, seconds, memory, before)
+        become(words, folder, files, seconds, memory, before)
     _, status, used = os.wait4(child, 0)
     out, err = (file.read_text(errors="replace") for file in files)
     code = os.waitstatus_to_exitcode(status)
@@ -71,7 +71,7 @@ def run(
     return Outcome(code, out, err, used.ru_utime + used.ru_stime, peak)
 
 
-def _become(words, folder, files, seconds, memory, before) -> None:
+def become(words, folder, files, seconds, memory, before=lambda: None) -> None:
     code = 1
     try:
         for number, file in enumerate(files, 1):

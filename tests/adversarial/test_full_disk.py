@@ -4,7 +4,7 @@ import json
 
 import pytest
 from catalogue import SMALL, sets
-from cli_helpers import Forked, last, left_overs, quick, trained, within
+from cli_helpers import Forked, last, left_overs, quick, trained, wait_for_step
 from run_files import train_row
 
 from flowtrain.checkpoints import format as checkpoint_format
@@ -27,9 +27,7 @@ def test_no_space_left(room, what, options, tmp_path):
     command = ["train", *SMALL, *length, *options]
     first = Forked(command, cwd=tmp_path)
     run = tmp_path / "runs" / "glow_digits"
-    with within(60, "a checkpoint") as expired:
-        while not list((run / "checkpoints").glob("step-*")):
-            expired()
+    wait_for_step(run, 1)
     first.process.terminate()
     assert first.result().code == 143
     limit = last(run).stat().st_size + room
@@ -45,7 +43,6 @@ def test_no_space_left(room, what, options, tmp_path):
 
 def test_no_space_left_for_an_output(tmp_path):
     args = [trained()["glow"], "--num-images", 2000, "--out", "a.npz"]
-    quick("sample", *args, cwd=tmp_path, file_limit=5000).failed(
-        1, "a.npz: cannot be written", "File too large"
-    )
+    done = quick("sample", *args, cwd=tmp_path, file_limit=5000)
+    done.failed(1, "a.npz: cannot be written", "File too large")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from helpers import CPU
 from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints import hub as hub_models
 from flowtrain.checkpoints import zoo
-from flowtrain.checkpoints.load import find, load_model, run_of
+from flowtrain.checkpoints.load import find, load_model
 from flowtrain.errors import RunError, UserError
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -67,15 +67,11 @@ def test_a_model_goes_to_the_hub_and_back_by_commands(hub, tmp_path):
     assert results[0] == results[1]
     quick("sample", "hf://me/digits@main", "--num-images", 2, cwd=tmp_path, **env).ok()
     assert (tmp_path / "runs/hf/me/digits/sample.png").exists()
-    (loaded,) = [path for path in (tmp_path / "hf").rglob("*.safetensors") if path.is_file()]
-    assert run_of(loaded).as_posix() == "runs/hf/me/digits"
     # Commands that read a model in other ways
     words = ["--init-from", "hf://me/digits", "train.num_steps=1", "--run-dir", "new"]
     quick("train", *SMALL, *words, cwd=tmp_path, **env).ok()
     done = quick("train", "--resume", "hf://me/digits", "--run-dir", "r", cwd=tmp_path, **env)
     done.failed(2, "it holds only a model, and no state of training")
-    code = "import flowtrain; print(flowtrain.load('hf://me/digits'))"
-    assert "import" not in quick("info", "hf://me/digits", cwd=tmp_path, first=code, **env).ok().err
 
 
 def test_what_was_uploaded_is_downloaded(here, tmp_path, monkeypatch, caplog):

@@ -247,12 +247,17 @@ def test_commands_take_a_flow_of_a_file(tmp_path):
         ("evaluate", "link.py:beside"),
         ("ood", "own.py:flow", "--data", "noise"),
         ("sample", "own.py:flow"),
+        ("report", "own.py:flow"),
         # The mesh around the points leaves the domain of this density.
         ("sample", "own.py:positive", "--set", "data.name=two_moons"),
     ):
         done = quick(name, *words, "--num-images", 8, cwd=tmp_path).ok()
         assert f"running the code of {words[0].partition(':')[0]}" in done.err
-    assert (tmp_path / "runs/foreign/own-flow/evaluate-test.json").exists()
+    run = tmp_path / "runs" / "foreign" / "own-flow"
+    assert (run / "evaluate-test.json").exists()
+    page = (run / "report.html").read_text()
+    assert "A flow of other code, <code>own.py:flow</code>" in page and "8 of 8</strong>" in page
+    assert 'id="configuration"' not in page
     done = quick("sample", "own.py:positive", cwd=tmp_path)
     done.failed(2, "cannot be evaluated by own.py:positive")
 

@@ -38,9 +38,6 @@ def coded(flow: Flow, x: torch.Tensor) -> float:
     return bits
 
 
-# --- local bits-back coding -----------------------------------------------------------------------
-
-
 def model(name, shape, transform="center", **options):
     return lambda: tiny_flow(name, shape, 256, transform, scale=0.05, **options)
 
@@ -93,8 +90,6 @@ def test_a_scale_that_whole_numbers_do_not_have_is_named(scale):
     with pytest.raises(UserError, match=re.escape(f"scales a value by {scale:.3g}")):
         rule(mixing, 20)
 
-
-# --- direct coding --------------------------------------------------------------------------------
 
 EVERY_BLOCK = {"token": 1, "attention": 1, "downsample": 1, "dropout": 0.5}
 EVERY_BLOCK |= {"pixels": True}

@@ -164,9 +164,6 @@ def test_messages_about_an_archive_are_short(name, coded, tmp_path):
         assert len(str(error.value)) < 500 + len(str(tmp_path)) and str(error.value).isprintable()
 
 
-# --- sizes ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("piece", [1, 100, 127, 128, 129, 10**6])
 def test_strips_are_inflated_in_pieces(piece, monkeypatch):
     monkeypatch.setattr(strips, "PIECE", piece)

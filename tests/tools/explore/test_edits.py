@@ -1,14 +1,12 @@
-"""Principal directions of latents, and decoding that can be stopped."""
+"""Principal directions of latents."""
 
 import math
-from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import seeded, tiny_flow
+from helpers import seeded
 
-from flowtrain.tools.explore.edits import Stoppable, components
-from flowtrain.tools.explore.worker import Superseded
+from flowtrain.tools.explore.edits import components
 
 
 @pytest.mark.parametrize("count", [20, 400])  # fewer and more images than entries
@@ -30,13 +28,3 @@ def test_principal_directions_are_those_of_the_covariance(count):
 def test_few_or_equal_images_have_few_directions_and_no_warning():
     assert len(components(torch.randn(3, 30, generator=seeded())).directions) == 2
     assert components(torch.ones(5, 4)).deviations.max() < 1e-6
-
-
-@pytest.mark.parametrize("model, least", [("glow", 10), ("causal", 20)])
-def test_decoding_checks_often_whether_it_is_wanted(model, least):
-    flow = tiny_flow(model, (1, 4, 6) if model == "causal" else (1, 4, 4))
-    z, check = flow.draw_latents(1, seeded()), Mock()
-    x = flow.decode(z, executor=Stoppable(check))
-    assert torch.equal(x, flow.decode(z)) and check.call_count >= least
-    with pytest.raises(Superseded):
-        flow.decode(z, executor=Stoppable(Mock(side_effect=Superseded)))

@@ -21,7 +21,7 @@ from flowtrain.tools.explore import answers, guard, requests
 from flowtrain.tools.explore import server as serving
 from flowtrain.tools.explore.background import Background
 from flowtrain.tools.explore.command import explore
-from flowtrain.tools.explore.session import READING, UPLOADS, Session
+from flowtrain.tools.explore.session import READING, UPLOADS
 
 pytestmark = pytest.mark.run
 
@@ -183,25 +183,21 @@ def test_requests_without_the_token_are_refused(running):
 
 
 def test_the_command_prints_the_token_and_hands_on_its_options(monkeypatch, capsys):
-    sessions, tokens = [], []
-
-    def session(*args):
-        sessions.append(Session(*args))
-        return sessions[0]
+    made = []
 
     def serve(application, at, ready, stop):
-        tokens.append(application.token)
         at.close()
         ready()
 
-    monkeypatch.setattr("flowtrain.tools.explore.session.Session", session)
+    monkeypatch.setattr(serving, "app", lambda *args: made.append(args))
     monkeypatch.setattr(serving, "serve", serve)
     explore(model="glow_digits", browser=False, weights="raw", trust_code=True)
-    assert f"/?token={tokens[0]}" in capsys.readouterr().out.replace("\n", "")
+    ((session, _, token),) = made
+    assert f"/?token={token}" in capsys.readouterr().out.replace("\n", "")
     body = json.dumps({"tab": TAB, "turn": 0, "place": PLACE}).encode()
     shown = requests.parsed(requests.Show, body)
     expected = "flowtrain decode glow_digits latent.npz --out images --weights raw --trust-code"
-    assert answers.show(sessions[0], shown, lambda: None)["command"] == expected
+    assert answers.show(session, shown, lambda: None)["command"] == expected
 
 
 def test_no_path_leads_to_a_file(running):

@@ -145,13 +145,14 @@ def test_two_classes_have_the_images_of_both(name, tmp_path):
     assert answers.url(session, session.flow.decode(z)[0]) == end
 
 
-def test_encoding_checks_often_whether_it_is_wanted(tmp_path):
-    session = class_session(tmp_path, "causal")
+def test_decoding_and_encoding_check_often_whether_they_are_wanted(tmp_path):
+    session, wanted = class_session(tmp_path, "causal"), Mock()
     source = a_sample(temperatures=[1.0])
-    session.image(Place(source=source), check)  # is kept
-    wanted = Mock()
-    session.latent_of(source, wanted)
+    session.image(Place(source=source), wanted)
     assert wanted.call_count >= 16  # entries
+    wanted.reset_mock()
+    session.latent_of(source, wanted)  # of the image that is kept
+    assert wanted.call_count >= 16
 
 
 def test_a_direction_moves_its_level_alone(session):

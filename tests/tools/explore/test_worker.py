@@ -61,20 +61,15 @@ def test_the_newest_request_of_a_tab_is_computed(worker):
         worker.submit(lambda check, name=name: name, name, topic, 3)
         for name, topic in (("a", "show"), ("a", "facts"), ("b", "show"), ("tab", "facts"))
     ]
+    # A move outdates the request for the figures of the image before.
+    outdated = worker.submit(lambda check: "facts", "c", "facts", 1)
+    worker.submit(lambda check: "show", "c", "show", 2, outdates=["facts"])
     gate.go.set()
     futures[-1].result(SECONDS)
-    assert computed == [4] and all(map(superseded, [first, *futures[:-1]]))
+    assert computed == [4] and all(map(superseded, [first, *futures[:-1], outdated]))
     assert [future.result(SECONDS) for future in others] == ["a", "a", "b", "tab"]
     with pytest.raises(Superseded):  # it comes late
         worker.submit(lambda check: None, "tab", "show", 3)
-
-
-def test_a_move_outdates_requests_for_the_image_before(worker):
-    gate, _ = busy(worker)
-    facts = worker.submit(lambda check: "facts", "tab", "facts", 1)
-    worker.submit(lambda check: "show", "tab", "show", 2, outdates=["facts"])
-    gate.go.set()
-    superseded(facts)
 
 
 def test_the_urgent_come_first(worker):

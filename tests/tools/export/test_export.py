@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from catalogue import TINY
 from cli_helpers import quick, trained, tree
 from coding_helpers import loaded
+from fake_hub import serving
 from helpers import REPOSITORY, a_config, initialized, perturb, seeded
 from PIL import Image
 
@@ -196,15 +196,6 @@ def test_a_layer_that_torch_cannot_translate(to):
         formats.encoded(graph, to, {}, 18)
 
 
-def test_the_message_has_the_cause(monkeypatch):
-    def refused(*_):
-        raise RuntimeError("a report of many lines") from ValueError("no such operation")
-
-    monkeypatch.setattr(formats, "_encoded", refused)
-    with pytest.raises(UserError, match="cannot translate this model: no such operation$"):
-        formats.encoded(Graph("encode", torch.nn.Identity(), {}, ()), "onnx", {}, 18)
-
-
 def test_a_graph_that_onnxruntime_refuses():
     newer = [onnx.helper.make_opsetid("", 999)]
     graph = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []), opset_imports=newer)
@@ -251,11 +242,8 @@ def test_the_page_in_a_browser(tmp_path):
     picture = tmp_path / "x.png"
     Image.fromarray(x[0].permute(1, 2, 0).numpy()).save(picture)
     handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with (
-        ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
-        playwright.sync_playwright() as p,
-    ):
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    with serving(server), playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         page.set_default_timeout(60_000)  # ms; a busy machine is no failure
@@ -274,4 +262,3 @@ def test_the_page_in_a_browser(tmp_path):
         shown = """mode => `${decoded.getContext("2d").getImageData(0, 0, 4, 4).data}` == mode"""
         page.wait_for_function(shown, arg=",".join(map(str, opaque)))
         browser.close()
-        server.shutdown()

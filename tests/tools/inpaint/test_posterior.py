@@ -106,8 +106,6 @@ def test_the_posterior_is_of_cells_not_of_their_middles():
     assert error.abs().max() < 4
 
 
-# --- causal models --------------------------------------------------------------------------------
-
 LEVELS = 3
 SQUARE = (1, 2, 2)
 EVERYTHING = torch.tensor(list(itertools.product(range(LEVELS), repeat=4)), dtype=torch.uint8)
@@ -206,9 +204,6 @@ def test_the_volume_counts_in_the_posterior():
     expected = (weights * y.square().flatten(1).mean(1)).sum() / weights.sum()
     squares = ((found.x + 0.5) / 256).square().flatten(1).mean(1)
     assert abs(squares.mean() - expected) < 4 * squares.std() / 600**0.5
-
-
-# --- any model ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name != "planar"])

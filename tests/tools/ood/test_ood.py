@@ -255,28 +255,6 @@ def test_likelihoods_that_are_not_finite(tmp_path, black):
 
 
 @pytest.mark.run
-def test_the_command(tmp_path):
-    """The files have the names of the options. Of another seed, the images are others."""
-    words = ["--data", "noise", "--data", "constant", "--num-images", 40, "--weights", "raw"]
-    words += ["--batch-size", 3, "--scores", "a/s.csv", "--out", "b/o.png", "--json"]
-    outcomes = []
-    for seed in (0, 1):
-        said = quick("ood", trained()["glow"], *words, f"{seed}.json", "--seed", seed, cwd=tmp_path)
-        outcome = json.loads((tmp_path / f"{seed}.json").read_text())
-        loss = f"{outcome['in']['loss']:.3f} +- {outcome['in']['loss_stderr']:.3f}"
-        for each in (loss, "AUROC", "wrote a/s.csv", "wrote b/o.png", f"wrote {seed}.json"):
-            assert each in said.ok().out
-        assert (outcome["in"]["dataset"], outcome["in"]["num_images"]) == ("digits", 40)
-        about = ("entropy_split", "entropy_images", "weights", "seed")
-        assert [outcome[key] for key in about] == ["validation", 40, "raw", seed]
-        assert [row["dataset"] for row in outcome["out"]] == ["noise", "constant"]
-        outcomes.append([outcome["in"]["complexity"], outcome["out"][0]["complexity"]])
-    assert all(one != other for one, other in zip(*outcomes, strict=True))
-    assert len((tmp_path / "a/s.csv").read_text().splitlines()) == 121
-    assert Image.open(tmp_path / "b/o.png").format == "PNG"
-
-
-@pytest.mark.run
 def test_other_images_and_a_model_without_validation_images(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (12, 9, 9, 3), "u1")
     np.savez(tmp_path / "a.npz", x_train=x)

@@ -131,15 +131,23 @@ def test_the_command(tmp_path):
     inside = outcome["in"]
     low, high = inside["outlier_rate_interval"]
     assert low <= inside["outlier_rate"] == inside["outliers"] / 180 <= high
+    loss = f"{inside['loss']:.3f} +- {inside['loss_stderr']:.3f}"
     line = f"{inside['outliers']} of 180 are false positives, {inside['outlier_rate']:.2%}"
     assert line in done.out and "and 5 more (--json, --scores)" in done.out
+    assert loss in done.out and "AUROC" in done.out
     assert all(image in done.out for image in flagged)
-    # The same in another order of words, without pictures or verdicts.
-    quick("ood", "run", "data.split_seed=0", "photos", "--json", "o.json", cwd=tmp_path).ok()
-    assert "verdict" not in json.loads((tmp_path / "o.json").read_text())
+    # Other images of the test split by another seed; no pictures or verdicts.
+    few = ["ood", "run", "photos", "--num-images", 50]
+    more = ["data.split_seed=0", "--seed", 1, "--weights", "raw", "--json", "o.json", "--out"]
+    quick(*few, *more, "o.png", cwd=tmp_path).ok()
+    other = json.loads((tmp_path / "o.json").read_text())
+    assert "verdict" not in other and (other["seed"], other["weights"]) == (1, "raw")
+    assert Image.open(tmp_path / "o.png").format == "PNG"
     seen = "The model has seen these, so p-values are too small"
-    words = ["ood", "run", "photos", "--num-images", 50, "--false-positives", "5%"]
-    assert seen in quick(*words, "data.validation=0", cwd=tmp_path).ok().out
+    more = ["--false-positives", "5%", "data.validation=0"]
+    assert seen in quick(*few, *more, cwd=tmp_path).ok().out
+    of_seed_0 = json.loads((run / "ood.json").read_text())
+    assert of_seed_0["in"]["complexity"] != other["in"]["complexity"]
     assert seen not in done.out
 
 

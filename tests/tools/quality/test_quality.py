@@ -67,7 +67,6 @@ def test_kid_of_gaussians_is_the_closed_form_within_its_error(pairs):
 
 
 def test_neighbours_are_those_of_the_papers():
-    """The definitions, as they stand, on few points."""
     x, y = torch.randn(2, 60, 2, generator=seeded(), dtype=torch.float64)
     x = x[:40] + 1
     between, own = torch.cdist(y, x), torch.cdist(y, y).sort(dim=1).values
@@ -225,8 +224,6 @@ def test_samples_depend_on_the_seed_and_their_position(tmp_path, monkeypatch):
     monkeypatch.setattr(capacity, "left", lambda device: 1500)  # bytes, for 10 x 160
     with pytest.raises(UserError, match="--num-images 10: the samples need"):
         samples.draw(model, 10, tmp_path / "many", 7)
-    with pytest.raises(UserError, match="--num-images 10000000000: the samples need"):
-        samples.draw(model, 10**10, tmp_path / "many", 7)
 
 
 @pytest.mark.run

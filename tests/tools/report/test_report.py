@@ -300,23 +300,6 @@ def test_points_have_a_page(tmp_path):
     assert page.text.count("real-valued data are not images") == 3
 
 
-CODE = """
-from types import SimpleNamespace
-from flowtrain import Foreign
-log_det = 64 * 0.693147
-twice = SimpleNamespace(forward=lambda v: (2 * v, log_det), inverse=lambda z: (z / 2, -log_det))
-flow = Foreign(twice, (1, 8, 8), num_bins=17)
-"""
-
-
-def test_a_flow_of_other_code_has_a_page(tmp_path):
-    (tmp_path / "own.py").write_text(CODE)
-    page, _ = page_of("own.py:flow", "--num-images", 2, *sets(data__name="digits"), cwd=tmp_path)
-    assert "own-flow A flow of other code, own.py:flow . Parameters 0" in page.text
-    assert "2 of 2 test images come back exactly" in page.text
-    assert [attributes["id"] for attributes in page.all("h2")] == SECTIONS
-
-
 def test_differences_are_counted_sorted_and_amplified(monkeypatch):
     flow, x = tiny_flow(), images(5, (1, 4, 4))
     x[3, 0, 0, 0], x[1, 0, 2, 1] = 100, 200

@@ -16,7 +16,6 @@ sys.path.append(str(Path(__file__).parents[2] / "adversarial"))
 import children
 import kills
 
-from flowtrain.cli.main import main as flowtrain
 from flowtrain.tools.sweep import table
 from flowtrain.tools.sweep.work import Sweep
 
@@ -38,6 +37,8 @@ class Operations(kills.Operations):
     """Counts the file operations of the sweep and of its commands. All of them end at `fatal`."""
 
     def __init__(self, fatal: int | None, log: Path):
+        os.setpgid(0, 0)
+        Sweep._call = forked
         self.shared = multiprocessing.Value("q")
         super().__init__(fatal, log)
 
@@ -55,30 +56,16 @@ def forked(self, words, log, environment, claim) -> int:
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        code = 1
-        try:
-            for number in (1, 2):
-                os.dup2(log.fileno(), number)
-            sys.argv = ["flowtrain", *words]
-            flowtrain()
-        except SystemExit as ended:
-            code = ended.code or 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+        children.become(words, Path.cwd(), [log.name] * 2, seconds=120, memory=768)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def run(folder: Path, fatal: int | None = None) -> tuple[children.Outcome, int]:
-    def before() -> None:
-        os.setpgid(0, 0)
-        Sweep._call = forked
-        Operations(fatal, folder / "operations")
-
     folder.mkdir(exist_ok=True)
     (folder / "sweep.yaml").write_text(PLAN)
-    done = children.run(COMMAND, folder, seconds=120, before=before)
-    return done, len((folder / "operations").read_text().splitlines())
+    log = folder / "operations"
+    done = children.run(COMMAND, folder, seconds=120, before=lambda: Operations(fatal, log))
+    return done, len(log.read_text().splitlines())
 
 
 def results(folder: Path) -> dict[str, object]:
