@@ -18,7 +18,6 @@ def data_set(section):
 
 
 def test_splits_are_disjoint_and_fixed_by_their_seed(tmp_path):
-    """Equal images are in one of them."""
     x = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), "u1")
     stored = np.concatenate([x, x])
     np.savez(tmp_path / "a.npz", x_train=stored)
@@ -52,7 +51,6 @@ def test_a_sample_of_sorted_images_has_all_classes():
 
 
 def test_images_with_256_levels_are_reduced(tmp_path):
-    """To their upper bits, or to the levels of a model."""
     section = npz(tmp_path / "a.npz")
     stored = data_set(section).split("test").take(slice(None))
     data = DataSet(a_config("nice", data=section).data, levels=17)

@@ -113,7 +113,6 @@ def test_without_the_package(path, monkeypatch):
         ({}, "data.repository: give either this or data.path: neither"),
         ({"repository": "a/b", "path": "c"}, "data.repository: .*: both"),
         ({"repository": "../x"}, "data.repository: ../x is not a hub name"),
-        ({"repository": "https://x/y"}, "is not a hub name"),
         ({"repository": "saved"}, "data.repository: saved is also a file or folder here"),
         ({"repository": "no/thing"}, r"no/thing \(split train\) .*: .*save_to_disk elsewhere"),
         ({"path": "none"}, "data.path: none cannot be loaded"),
