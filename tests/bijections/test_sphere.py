@@ -127,7 +127,6 @@ def test_the_start_is_the_uniform_density():
 
 
 def test_samples_are_from_a_density():
-    """It integrates to one. The samples agree with quadrature."""
     flow = a_flow(0.2).requires_grad_(False)
     x = flow.sample(40_000, generator=seeded())
     assert x.dtype == torch.float32 and x.shape == (40_000, 3, 1, 1)
@@ -185,7 +184,6 @@ def test_the_density_at_the_poles_is_its_limit():
 
 @pytest.mark.run
 def test_a_wrong_volume_is_found(monkeypatch):
-    """By the Jacobian of the surface, and by the integral of the density over it."""
     assert not {f.check for f in flowtrain.check(a_flow(0.05), uniform(8)) if f.verdict == "bad"}
     forward = SphereToAngles.forward
     wrong = lambda *args: (forward(*args)[0], forward(*args)[1] + 0.1)  # noqa: E731

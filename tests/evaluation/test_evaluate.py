@@ -60,8 +60,6 @@ def test_the_result_states_what_was_measured(tmp_path, model, draws, bound, samp
         return
     assert not [key for key in content if "elbo" in key or key.endswith("_draws")]
     assert content["max_reconstruction_error"] is None
-    other = evaluated(tmp_path, flow, seed=1)[1]
-    torch.testing.assert_close(other.log_prob, scores.log_prob, rtol=1e-5, atol=1e-3)
     with pytest.raises(UserError, match="--draws 2: the likelihood of glow is exact"):
         evaluated(tmp_path, flow, draws=2)  # `evaluated` calls its model so
 
@@ -91,7 +89,6 @@ CASES = ["a copy", "other labels", "other images", "no test split", "changed"]
 
 @pytest.mark.parametrize("case", CASES)
 def test_other_data_are_told_by_their_content(tmp_path, case, caplog):
-    """All of these are `npz`."""
     section = npz(tmp_path / "own.npz", 20, 20, (4, 4, 1), validation=5)
     labels = dict.fromkeys(("y_train", "y_test"), np.arange(20) % 3)
     own = {**np.load(tmp_path / "own.npz"), **labels}
