@@ -159,7 +159,6 @@ def test_a_step_that_is_not_finite_is_skipped_there(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_copied_without_waiting() -> None:
-    """What is written is what was there, and the next step does not wait for the copy."""
     weight = torch.arange(2**22, device="cuda", dtype=torch.float32)
     tensors = {"weight": weight, "step": torch.tensor(3.0)}
     found: list[torch.Tensor] = []

@@ -140,11 +140,7 @@ def test_labels_that_do_not_fit():
         ("(1, 4, 4), 10", "np.full((5, 1, 4, 4), 10, 'u1')", "a value of 10, expected 0..9"),
         ("(1, 4, 4), 256", "np.zeros((5, 1, 4, 5), 'u1')", r"5 im.* \(1, 4, 5\), expected \(1, 4"),
         ("(1, 4, 4), 256", "np.zeros((0, 1, 4, 4), 'u1')", "0 images"),
-        (
-            "(1, 4, 4), 256",
-            "np.zeros((5, 1, 4, 4), 'f4')",
-            "values of type float32, expected uint8",
-        ),
+        ("(1, 4, 4), 256", "np.zeros((5, 1, 4, 4), 'f4')", "type float32, expected uint8"),
         ("(1, 4 + (split == 'test'), 4), 256", "None", "test images have shape"),
         ("(1, 4, 4), 256", "None) and (None", "of users_own.images returned a NoneType"),
         ("(5, 4, 4), 256", "None", "data: it has 5 channels, and images have 1 or 3"),

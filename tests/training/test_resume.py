@@ -124,9 +124,7 @@ def test_stopped_by_a_signal_and_resumed(signum, uninterrupted, tmp_path):
     assert f"{signum.name}: finishing the step" in stopped.out
     assert f"at step {step}; saved" in stopped.out
     done = quick("train", *LONG, cwd=tmp_path).ok()
-    assert (
-        f"continued from runs/glow_digits/checkpoints/last.safetensors at step {step}" in done.out
-    )
+    assert f"continued from {last(Path('runs/glow_digits'))} at step {step}" in done.out
     cli_helpers.assert_same_run(run, uninterrupted)  # each step once, also in the charts
     points = events(run).Scalars("train/bits_per_dim")
     assert [point.step for point in points] == steps_of(run) == list(range(1, STEPS + 1))
@@ -257,10 +255,8 @@ def test_a_finished_run_is_extended(run, tmp_path):
     rewritten(last(run), non_finite=2, lr_scale=0.25)
     done = quick("train", *longer, "--extend", cwd=tmp_path).ok()
     changed = "changed from train.num_steps=20 train.lr=0.002 to train.num_steps=30 train.lr=0.001"
-    assert (
-        f"at step 20\n{changed}\nafter 2 rollbacks, the learning rate is multiplied by 0.25"
-        in done.out
-    )
+    lower = "after 2 rollbacks, the learning rate is multiplied by 0.25"
+    assert f"at step 20\n{changed}\n{lower}" in done.out
     assert metrics(run)[: len(before)] == before
     assert steps_of(run) == [5, 10, 15, 20, 25, 30] and summary(run)["finished"]
     for words, message in (
@@ -407,9 +403,8 @@ def test_the_effect_of_another_division_of_the_same_images(model, changes):
         ({"num_steps": 9}, "", "the 9 steps left take 72 images, not 36"),
         ({"num_steps": None, "budget": 9}, "train.budget counts seconds", "the clock of train.bud"),
     ):
-        before, now = (
-            a_config(train={"batch_size": size, "memory": "store", **length}) for size in (4, 8)
-        )
+        train = {"memory": "store", **length}
+        before, now = (a_config(train={**train, "batch_size": size}) for size in (4, 8))
         state = State(now, tiny_flow(model), [], None, {})
         meta = {"config": before.resolved(), "processes": 2}
         (line,) = resume._new_division(state, Checkpoint(Path("last"), meta, {}))
