@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from catalogue import TINY
-from helpers import images, seeded, tiny_flow
+from helpers import CNF, images, seeded, tiny_flow
 
 from flowtrain.bijections import ActNorm
 from flowtrain.bijections.execution import LayerByLayer
 
-CNF = pytest.param("cnf", marks=pytest.mark.run)
-every_model = pytest.mark.parametrize("model", [*sorted(TINY.keys() - {"cnf"}), CNF])
 OPTIONS = [(model, {}) for model in sorted(TINY.keys() - {"cnf"})]
 OPTIONS += [(model, {"transform": "logit"}) for model in ("glow", "maf", "nice", "realnvp")]
 OPTIONS += [pytest.param("cnf", {}, marks=pytest.mark.run)]
@@ -127,7 +125,7 @@ def test_several_draws_are_the_importance_weighted_bound():
         tiny_flow("causal").log_prob(x, draws=2)
 
 
-@every_model
+@pytest.mark.parametrize("model", [*sorted(TINY.keys() - {"cnf"}), CNF])
 def test_samples(model):
     flow = tiny_flow(model, q=17)
     x = flow.sample(9, generator=seeded(4))
