@@ -3,7 +3,6 @@ it cannot fit, before it is taken.
 """
 
 import contextlib
-import itertools
 from typing import get_args
 
 import pytest
@@ -152,14 +151,6 @@ CASES = [
 ]
 
 
-def cases_of_waiting():
-    """Each model, coupling and mode."""
-    for case, memory, device in itertools.product(CASES, get_args(Mode), (CPU, CUDA)):
-        name, model, options = case
-        given = name, {"name": model, **TINY[model], **options}, memory, device
-        yield pytest.param(*given, id=f"{name}-{memory}-{device.type}")
-
-
 def fake_step(monkeypatch, device, model, train, **sections):
     """A step on fake images: augmentation, noise, gradient, clipping, optimizer and average."""
     config = a_config(model, train={"batch_size": 4, **train}, **sections)
@@ -189,9 +180,12 @@ def fake_step(monkeypatch, device, model, train, **sections):
 
 @pytest.mark.run
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("name, model, memory, device", [*cases_of_waiting()])
-def test_a_step_waits_for_nothing(name, model, memory, device, monkeypatch):
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("memory", get_args(Mode))
+@pytest.mark.parametrize("name, model, options", CASES)
+def test_a_step_waits_for_nothing(name, model, options, memory, device, monkeypatch):
     """The CUDA part is without the backward pass, which needs a torch that was built for CUDA."""
+    model = {"name": model, **TINY[model], **options}
     flow = build_flow(a_config(model), SHAPE, 256)
     possible = [p for p in ("bf16", "fp32") if reason_against(flow, memory, p) is None]
     if not possible:
