@@ -430,9 +430,8 @@ def test_layers_are_recomputed_when_asked_for(mode, times):
     """A conditioner is computed twice, not three times, although `reversible` also inverts."""
     bijection, x, _, _ = a_row("model glow")
     calls = []
-    bijection.levels[0].layers[-1].conditioner.register_forward_pre_hook(
-        lambda *args: calls.append(mode)
-    )
+    conditioner = bijection.levels[0].layers[-1].conditioner
+    conditioner.register_forward_pre_hook(lambda *args: calls.append(mode))
     z, log_det = bijection.run(executor_of(mode), "forward", x.requires_grad_())
     log_det.sum().backward(retain_graph=True)
     assert len(calls) == times

@@ -159,10 +159,8 @@ def test_tensorboard():
     hparams = {key: value.number_value for key, value in session.hparams.items()}
     assert hparams["train.num_steps"] == 20 and "data.name" in hparams and "train" not in hparams
     content = seen.summary_metadata["_hparams_/experiment"].plugin_data.content
-    (name, _) = [
-        each.name for each in HParamsPluginData.FromString(content).experiment.metric_infos
-    ]
-    assert seen.Scalars(name.tag)[-1].value == pytest.approx(metrics(run)[-1]["loss"])
+    metric, _ = HParamsPluginData.FromString(content).experiment.metric_infos
+    assert seen.Scalars(metric.name.tag)[-1].value == pytest.approx(metrics(run)[-1]["loss"])
 
 
 def test_a_run_with_one_step_of_more_images_than_there_are(tmp_path):
