@@ -1,8 +1,4 @@
-"""Several processes: the same training as one, stopped, killed and continued as one.
-
-Most tests start the processes with torchrun's environment and without torchrun, to see the end of
-each.
-"""
+"""Several processes: the same training as one, stopped, killed and continued as one."""
 
 import fcntl
 import json
@@ -200,9 +196,7 @@ Batches.positions = noting
 
 
 def test_resumed_with_more_images_a_step(alone):
-    """The order goes on after the images that were used, as when the number of processes is all
-    that is changed.
-    """
+    """The order goes on after the images that were used."""
     run = put_back(copy_of(alone, Path("r")))
     command = ["train", *ALL, *parts(32)]
     out = resumed(2, *command, first=FLOAT64 + NOTING)

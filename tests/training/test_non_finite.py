@@ -104,9 +104,7 @@ def spoil(monkeypatch, number, before=lambda: None):
 
 
 def test_a_moment_of_too_high_a_rate_is_survived(tmp_path, monkeypatch, capsys):
-    """After the first event, half the rate is enough. Training goes back to the best checkpoint,
-    the newest one, which is still being written.
-    """
+    """Training goes back to the best checkpoint, the newest one, which is still being written."""
     fsync, steps = os.fsync, []
 
     def slowly(handle):

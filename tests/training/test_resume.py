@@ -1,6 +1,4 @@
-"""Runs that are stopped, killed and resumed: nothing differs from an uninterrupted run (design,
-section 6).
-"""
+"""Runs that are stopped, killed and resumed: nothing differs from an uninterrupted run."""
 
 import contextlib
 import os
@@ -299,9 +297,7 @@ def test_resume_a_checkpoint_in_a_new_folder(run, tmp_path):
 
 
 def test_resume_an_earlier_checkpoint_of_the_same_run(run, tmp_path):
-    """The curve after it goes; new checkpoints do not count as older than the abandoned ones. The
-    best one is of this curve, although no loss is as small as before.
-    """
+    """The curve after it goes. The best checkpoint is of the new curve, although it is worse."""
     worse = "from flowtrain.training import reporting; reporting.mean_loss = lambda *a, **o: 99.0"
     source = run / "checkpoints" / "step-00000015.safetensors"
     options = [*TINY_RUN, "train.lr=1e-4", "train.num_steps=17", "train.checkpoint_every=1"]

@@ -1,6 +1,4 @@
-"""A non-finite step changes nothing. A step waits for nothing. Its memory is known, and refused if
-it cannot fit, before it is taken.
-"""
+"""Steps: a non-finite one changes nothing, none waits, and one that cannot fit is refused."""
 
 import contextlib
 from typing import get_args
