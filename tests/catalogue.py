@@ -15,6 +15,7 @@ TINY = {
     "tarflow": {"patch": 2, "width": 8, "blocks": 2, "layers": 1},
     "jet": {"patch": 2, "width": 8, "couplings": 5, "layers": 1},
 }
+VARIATIONAL = {"name": "variational", "steps": 4, "width": 6}  # noise
 # Models of points on a sphere and of angles. They fit no image.
 TORUS = {"name": "torus", "layers": 2, "width": 8, "hidden_layers": 1, "bins": 4}
 SPHERE = {"name": "sphere", "layers": 2, "width": 8, "hidden_layers": 1, "bins": 4}

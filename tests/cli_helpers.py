@@ -214,9 +214,7 @@ def within(seconds: float, what: str) -> Iterator[None]:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen | None = None) -> None:
-    """Returns once a run in the background has logged so many steps. It may take a minute, or as
-    long as `process` lives.
-    """
+    """Returns once a run has logged so many steps, in a minute, or as long as `process` lives."""
     file = run / "metrics.jsonl"
     with within(60 if process is None else math.inf, f"step {step} of {run}") as expired:
         while not file.exists() or file.read_text().count('"train"') < step:

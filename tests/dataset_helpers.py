@@ -185,9 +185,7 @@ def md5(path):
 
 
 def downloads(name, site, monkeypatch):
-    """Makes the files that torchvision downloads for a tiny data set, in the folder `site`. Returns
-    its images by part.
-    """
+    """Makes the files that torchvision downloads, and returns their few images by part."""
     from scipy.io import savemat
     from torchvision import datasets
 

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
 CPU = torch.device("cpu")
+CNF = pytest.param("cnf", marks=pytest.mark.run)  # takes long
 compiles = pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch is too old to compile")
 
 

@@ -52,7 +52,6 @@ def written(path, text):
     "text, expected",
     [
         ("train.lr=5e-4", 5e-4),  # PyYAML reads it as a string.
-        ("train.lr=1", 1.0),
         ("data.flip=null", None),
         ("data.validation=5000", 5000.0),
         ("model.levels = 2", 2),
@@ -141,18 +140,12 @@ def test_steps_and_budget_clear_each_other():
         ("model.label_dropout=1", "less than 1"),
         ("dequantization.sigma=0", "greater than 0"),
         ("dequantization.sigma=1.5", "less than or equal to 1"),
-        ("train.ema=-.inf", r"train\.ema: .*finite"),
-        ("train.budget=nan", "a duration"),
         ("train.budget=1e400h", "finite"),
         ("train.logger=3", "a valid list"),
         # a boolean is no number
         ("train.batch_size=yes", r"train.batch_size: expected a number, not a boolean, got "),
         ("train.budget=true", r"train.budget: expected a number, not a boolean, got "),
         ("model.width=[8,true]", r"model.width: expected a number, not a boolean, got "),
-        (
-            "data.name=folder data.path=/a data.size=8 data.channels=true",
-            "data.channels: expected a number, not a boolean",
-        ),
         # no key, or no section
         ("train.lr", r"--set train\.lr: expected key=value"),
         ("=3", r"--set =3: expected key=value"),

@@ -81,9 +81,8 @@ def test_figures_of_configurations():
     for name, figure in rows:
         text = re.search(rf"({NUMBER})(?: to {NUMBER})? (?:bits|nats)", headline(find_config(name)))
         stated = text and text[1]
-        assert is_rounded(float(figure), stated or "0"), (
-            f"{name}.yaml states {stated}, not {figure}"
-        )
+        wrong = f"{name}.yaml states {stated}, not {figure}"
+        assert is_rounded(float(figure), stated or "0"), wrong
 
 
 def test_the_rules_of_few_images():
@@ -96,9 +95,8 @@ def test_the_rules_of_few_images():
 
 def test_kills():
     """Those since the last change of the writing code."""
-    rows = re.findall(
-        r"^\| (.*\bkills?\b.*) \| (\d+) \| (\d+) \|$", page("docs/reliability.md"), re.M
-    )
+    row = r"^\| (.*\bkills?\b.*) \| (\d+) \| (\d+) \|$"
+    rows = re.findall(row, page("docs/reliability.md"), re.MULTILINE)
     now = [(int(kills), int(kept)) for what, kills, kept in rows if "before" not in what]
     assert all(kills == kept for kills, kept in now)
     assert f"{sum(kills for kills, _ in now)} kills, none lost" in README

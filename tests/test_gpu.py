@@ -124,9 +124,7 @@ def test_noise_is_that_of_the_cpu(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("optimizer", ["muon", "adamax"])
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "reversible"])
 def test_a_step_waits_for_nothing(memory: str, optimizer: str) -> None:
-    """From the images to the numbers on their way. The first step may wait, as it makes what is
-    made once.
-    """
+    """From the images to the numbers on their way, except for the first step."""
     settings = [*SMALL[GLOW], f"train.memory={memory}", f"train.optimizer={optimizer}"]
     settings += ["train.precision=bf16", "data.flip=true", "data.shift=1", "train.clip_norm=1"]
     config = load_config(find_config(GLOW), settings)
@@ -159,7 +157,6 @@ def test_a_step_that_is_not_finite_is_skipped_there(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_copied_without_waiting() -> None:
-    """What is written is what was there, and the next step does not wait for the copy."""
     weight = torch.arange(2**22, device="cuda", dtype=torch.float32)
     tensors = {"weight": weight, "step": torch.tensor(3.0)}
     found: list[torch.Tensor] = []

@@ -272,9 +272,8 @@ def test_train_memory():
     taken = {}
     x = images(64, (1, 8, 8), 17)
     for mode in ("store", "checkpoint", "reversible"):
-        settings = parse(
-            merged(BASE, {"train": {"memory": mode}, "model": {"steps": 4, "width": 32}})
-        )
+        changes = {"train": {"memory": mode}, "model": {"steps": 4, "width": 32}}
+        settings = parse(merged(BASE, changes))
         flow = initialized(build_flow(settings, (1, 8, 8), 17), x, seed=1)
         state = State(settings, flow, build_optimizers(flow, settings.train), None, {})
         taken[mode] = max(moments(lambda state=state: train_step(state, x), CPU))

@@ -97,7 +97,6 @@ def test_a_package_does_not_import_the_private_names_of_another_module():
 
 @pytest.mark.run
 def test_the_core_works_without_the_tools(tmp_path):
-    """It starts, trains, evaluates and samples with `tools/` deleted."""
     shutil.copytree(PACKAGE, tmp_path / "flowtrain", ignore=shutil.ignore_patterns("tools", "zoo"))
     shutil.copytree(PACKAGE.parent / "configs", tmp_path / "configs")
     for words in (["train", *TINY_RUN, "--run-dir", "run"], ["evaluate", "run"], ["sample", "run"]):

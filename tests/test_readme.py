@@ -1,6 +1,4 @@
-"""The examples in the README are one story: they run from top to bottom, in one folder. With
-`pytest -s`, it prints their times.
-"""
+"""The examples in the README run from top to bottom, in one folder. `pytest -s` prints times."""
 
 import re
 import shlex

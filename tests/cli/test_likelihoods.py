@@ -47,11 +47,10 @@ def test_a_figure_of_other_data_is_named_by_them(conditional):
     """Moved data are the run's own: they have the fingerprint in its checkpoint."""
     (conditional / "moved.npz").write_bytes((conditional / "colour.npz").read_bytes())
     npz(conditional / "other.npz", train=20, test=10, shape=(8, 8, 3), seed=1)
-    rows = (
+    for name, file, more in (
         ("moved", r"evaluate-test", []),
         ("other", r"evaluate-other-\w{8}-test", sets(data__validation=3)),
-    )
-    for name, file, more in rows:
+    ):
         out = quick("evaluate", "run", f"data.path={name}.npz", *more, cwd=conditional).ok().out
         path = conditional / re.search(rf"wrote (run/{file}\.json)", out)[1]
         dataset = {"moved": "npz"}.get(name, str(conditional / "other.npz"))
@@ -62,9 +61,6 @@ def test_a_figure_of_other_data_is_named_by_them(conditional):
 def test_samples_are_shown_beside_what_is_given(conditional):
     done = quick("sample", "run", "--num-images", 3, cwd=conditional).ok()
     assert "24 samples" in done.out
-    # Eight rows of a context and three samples, in frames.
-    width, height = Image.open(conditional / "run" / "sample.png").size
-    assert width > 800 and height == 2 * width - 2
     x = np.load(conditional / "colour.npz")["x_test"][0]
     Image.fromarray(x).save(conditional / "x.png")
     words = ["--image", "x.png", "--num-images", 3]
@@ -106,10 +102,8 @@ def mirror():
 
 
 def test_evaluate_writes_a_file_of_its_own(mirror):
-    plain, both = (
-        json.loads((mirror / "r" / f"evaluate-{name}.json").read_text())
-        for name in ("test", "mirror-test")
-    )
+    files = [mirror / "r" / f"evaluate-{name}.json" for name in ("test", "mirror-test")]
+    plain, both = (json.loads(file.read_text()) for file in files)
     assert "sides" not in plain and both["sides"] == 2 and both["model"] == plain["model"]
     flow = flowtrain.load(mirror / "r", "cpu", mirror=True)
     data = DataSet(load_model(str(mirror / "r"), CPU).config.data)

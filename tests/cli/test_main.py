@@ -40,9 +40,8 @@ def test_files_are_written_although_nobody_reads_what_is_printed(words, encoding
     os.close(read)
     words = [sys.executable, "-m", "flowtrain", *words]
     env = environment(PYTHONIOENCODING=encoding)
-    found = subprocess.run(
-        words, cwd=tmp_path, env=env, stdout=write, stderr=subprocess.PIPE, check=False
-    )
+    pipes = {"stdout": write, "stderr": subprocess.PIPE}
+    found = subprocess.run(words, cwd=tmp_path, env=env, check=False, **pipes)
     os.close(write)
     assert (found.returncode, found.stderr) == (0, b"")
     assert {path.name for path in tmp_path.iterdir()} == files

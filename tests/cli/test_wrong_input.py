@@ -11,36 +11,25 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from catalogue import TINY_RUN, sets
 from cli_helpers import COMMANDS, Result, copy_of, example, flowtrain, quick, trained, tree
-from coding_helpers import picture, stored
+from coding_helpers import picture
 from helpers import npz
 from PIL import Image
 
-from flowtrain.checkpoints.load import load_model
 from flowtrain.cli import base
 from flowtrain.cli.configs import find_config
 from flowtrain.config import load_config
-from flowtrain.latents import files
 from flowtrain.tools.sweep.plan import begin, planned
 
 pytestmark = pytest.mark.run
-
-# Root reads and writes everything. Without this capability it obeys the permissions of its files.
-OBEDIENT = """
-import ctypes
-drop = getattr(ctypes.CDLL(None), "capset", None)
-if drop is not None:
-    drop((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Runs of digits, of classes, of points and of images given a part of them; wrong files."""
     here = tmp_path_factory.mktemp("wrong")
-    run = copy_of(trained()["glow"], here / "run")
+    copy_of(trained()["glow"], here / "run")
     npz(here / "colour.npz", shape=(8, 8, 3))
     npz(here / "large.npz", shape=(16, 16))
     given = sets(data__name="npz", data__path=here / "colour.npz", model__context="downsample")
@@ -62,24 +51,15 @@ def folder(tmp_path_factory):
     }
     for name, text in texts.items():
         (here / name).write_text(text)
-    (here / "good.fta").write_bytes(stored())
     plan = planned({"rows": ["none"], "images": 8}, load_config(find_config("glow_digits")), "")
     begin(here / "a_sweep", plan)
     np.savez(here / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
     np.savez(here / "huge.npz", mu=np.full(3, 1e200), sigma=np.eye(3))
-    model = load_model(str(run), torch.device("cpu"))
-    latents = files.Latents(torch.zeros(1, model.flow.latent_dims), ["a.png"])
-    (here / "z.npz").write_bytes(files.npz(latents, model))
-    (here / "pipe_run" / "checkpoints").mkdir(parents=True)
     picture(here / "odd_run" / "checkpoints")
-    for name in ("pipe_run", "odd_run"):
-        (here / name / ".lock").touch()
-    os.mkfifo(here / "pipe_run" / "checkpoints" / "last.safetensors")
-    os.mkfifo(here / "pipe.fta")
-    (here / "locked").mkdir(mode=0o555)
+    (here / "odd_run" / ".lock").touch()
     (here / "empty").mkdir()
     (here / "loop").symlink_to("loop")
-    for name in ("good", "sub/good", "a.png/b", "sub/a", "taken/a", "done/grid"):
+    for name in ("good", "sub/good", "a.png/b", "sub/a", "done/grid"):
         picture(here / f"{name}.png")
     picture(here / "wide.png", (9, 8))
     picture(here / "rgb.png", mode="RGB")
@@ -113,11 +93,8 @@ TABLE = [
     ("train data.root=~nobody_of_this_name/x", "data.root", "~nobody_of_this_name"),
     ("train TINY --run-dir text", "--run-dir text: cannot be used: it is a file; give the name"),
     ("train TINY data.name=npz", "data.path: missing; add data.path=PATH"),
-    ("train TINY --run-dir locked/below", "--run-dir locked/below: cannot be used"),
-    ("train TINY --run-dir pipe_run", "last.safetensors", "not a regular file"),
     ("train TINY --run-dir odd_run", "--run-dir odd_run", "checkpoints is not a folder"),
     ("train TINY --run-dir new --init-from points", "does not fit this model", "by --config, and"),
-    ("train TINY --device cpu train.cuda_graph=true", "train.cuda_graph: needs a CUDA device"),
     ("train --config causal_digits.yaml model.orders=2", "data.flip: the orders of model.orders"),
     ("train --config causal_digits.yaml model.orders=2 model.classes=10", "model.orders: 2"),
     ("train --config causal_digits.yaml model.orders=2 model.context=downsample", "model.orders"),
@@ -128,7 +105,6 @@ TABLE = [
     ("sweep --try none --out new", "sweep: give either --seconds or --images"),
     ("sweep --try model.widht=3 --images 9 --out new", "row model.widht=3", "model.width?"),
     ("sweep --try 'a=\"b' --images 9 --out new", 'row a="b: No closing quotation'),
-    ("sweep --try data.n_bits=3 --images 9 --out new", "data.n_bits changes the meaning"),
     ("sweep --try seed=3 --images 9 --out new", "row seed=3: seed changes"),
     ("sweep --try train.num_steps=3 --images 9 --out new", "train.num_steps changes"),
     ("sweep --try none --images 9 --out new --set data.validation=0", "data.validation: 0"),
@@ -141,7 +117,6 @@ TABLE = [
     ("evaluate run --data nope", "neither a data set", "mnist", "folder", ".png", ".npz"),
     ("evaluate run --data no.png", "no.png: there is no such file"),
     ("evaluate run --data sub data.path=empty", "--set data.path=empty: --data sub names the"),
-    ("evaluate points --data digits", "17 levels", "(2, 1, 1) with real values"),
     (f"evaluate run --draws {HUGE}", f"--draws {HUGE}: the scores of 180 images need"),
     ("sample run --out a.jpg", "--out a.jpg", ".png or .npz"),
     (f"sample run --num-images {HUGE}", f"--num-images {HUGE}: a picture of", "GiB are available"),
@@ -182,10 +157,8 @@ TABLE = [
     ("ood run sub --set data.split_seed=1", "data.split_seed: a trained model keeps its held-out"),
     ("encode run --split test data.validation=0 data.split_seed=1 --out x.npz", "its held-out"),
     ("encode points --images cut.npy --out x.npz", "cut.npy has the type uint8", "real"),
-    ("decode run z.npz --out taken", "--out taken: 'a.png' already exists"),
-    ("decode points z.npz --out x", "--out x: the model is of real-valued data", ".npz"),
+    ("decode points nan.npz --out x", "--out x: the model is of real-valued data", ".npz"),
     ("list run", "unexpected extra argument"),
-    ("info", "no MODEL given", "no run under runs/"),
     ("info both.yaml", "train.num_steps and train.budget: both are given"),
     ("info own.py:flow", "own.py:flow: a flow of other code, which has no checkpoint"),
     ("attributes run", "one of three ways", "--positive", "--csv", "--to-class"),
@@ -210,7 +183,6 @@ TABLE = [
     (f"{INPAINT} --num-images 999999999", "--num-images 999999999: the chains need"),
     (INPAINT.replace("run", "classes") + " --class 10", "--class 10", "the classes 0..9"),
     ("explore points --no-browser", "points", "the explorer shows images", "flowtrain sample"),
-    ("explore run --no-browser --host no.invalid", "--host no.invalid"),
     ("explore run --set data.name=npz --set data.path=large.npz", "(1, 16, 16) with 256 levels"),
     ("explore run --no-browser --host 192.0.2.1", "--host 192.0.2.1", "no server can listen"),
     ("doctor run --set data.name=npz --set data.path=colour.npz", "shape (3, 8, 8)"),
@@ -247,8 +219,6 @@ TABLE = [
     ("compress run sub --out sub/good.png", "--out sub/good.png", "one of the files"),
     ("compress given rgb.png --out x", "an archive has no context", "4x4 pixels (model.context)"),
     ("compress points --split test --out x", "real-valued"),
-    ("decompress good.fta --out taken", "--out taken", "'a.png' already exists"),
-    ("decompress pipe.fta --out x", "pipe.fta: cannot be read", "not a regular file"),
 ]
 # LARGE: a megabyte for each image.
 WORDS_OF = {"TINY": TINY_RUN, "LARGE": sets(model__steps=16, model__width=512)}
@@ -284,10 +254,7 @@ def test_wrong_input(line, said, folder, command, monkeypatch):
     before = tree(folder)
     words = [word for each in shlex.split(line) for word in WORDS_OF.get(each, [each])]
     monkeypatch.chdir(folder)
-    if "locked" in line or "pipe" in line:
-        done = quick(*words, cwd=folder, first=OBEDIENT)
-    else:
-        done = command(*words)
+    done = command(*words)
     for new in ("new", "runs"):  # a refused start may leave a folder with a lock
         there = [path.name for path in (folder / new).rglob("*") if path.is_file()]
         assert there in ([], [".lock"])
@@ -335,17 +302,14 @@ def test_as_a_user_would_see_it(folder):
     done = flowtrain("train", *sets(model__stepz=3), cwd=folder).failed(2)
     assert done.out == ""
     assert done.err.startswith("flowtrain: ") and done.err.count("\n") == 1
-    assert done.err.rstrip().endswith(
-        "model.stepz: unknown key; did you mean model.steps? (value 3)"
-    )
+    assert done.err.endswith("model.stepz: unknown key; did you mean model.steps? (value 3)\n")
 
 
 def test_a_name_that_is_no_text(tmp_path):
     """As a run directory it is refused; the files of such a name can be read, and are printed."""
     name = os.fsdecode(b"bad\xff")
-    flowtrain("train", *TINY_RUN, "--run-dir", name, cwd=tmp_path).failed(
-        2, "--run-dir bad?: its name is not UTF-8"
-    )
+    done = flowtrain("train", *TINY_RUN, "--run-dir", name, cwd=tmp_path)
+    done.failed(2, "--run-dir bad?: its name is not UTF-8")
     assert tree(tmp_path) == []
     copy_of(trained()["glow"], tmp_path / name)
     done = quick("evaluate", name, "--num-images", 2, cwd=tmp_path).ok()

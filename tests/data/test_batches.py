@@ -29,9 +29,7 @@ def first(source, count, start=0):
 
 @pytest.fixture
 def numbered(tmp_path):
-    """20 training images: image i has the value i, and i + 100 on its left half. Their labels are
-    no classes.
-    """
+    """20 training images: i has the value i, and i + 100 on its left half. No label is a class."""
     pixels = np.arange(20, dtype="u1")[:, None, None, None].repeat(8, 1).repeat(8, 2)
     pixels[:, :, :4] += 100
     arrays = {"x_train": pixels, "x_test": pixels[:4], "y_train": np.zeros((20, 2))}
@@ -99,9 +97,7 @@ def test_a_batch_is_divided_among_the_processes(as_process, tmp_path, streamed):
     "make, kind", [(made.an_npz, np.ndarray), (made.a_folder, np.memmap), (made.shards, Mapped)]
 )
 def test_streaming_or_resuming_changes_nothing(tmp_path, monkeypatch, make, kind, workers):
-    """From any step, by new batches, and by those that have gone further, as after a loss that is
-    not finite.
-    """
+    """From any step, by new batches, and by those that have gone further."""
     monkeypatch.setenv("FLOWTRAIN_CACHE", str(tmp_path / "cache"))
     options = {"validation": 4, "shift": 1, "flip": True, "n_bits": 6}
     resident = batches({**made.an_npz(tmp_path, monkeypatch), **options})

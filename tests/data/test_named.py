@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 from cli_helpers import quick, trained, tree
+from coding_helpers import picture
 from helpers import CPU, a_config, npz
-from PIL import Image
 
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.named import section_named, undivided
@@ -27,9 +27,8 @@ def named(name, own, shape=(3, 8, 8)):
 
 def pictures(folder, count, size=(8, 8)):
     """Pictures of one grey each: 10, 20, ..."""
-    folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        Image.new("RGB", size, (10 * i + 10,) * 3).save(folder / f"{i}.png")
+        picture(folder / f"{i}.png", size, "RGB", 10 * i + 10)
     return folder
 
 

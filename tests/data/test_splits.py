@@ -18,7 +18,6 @@ def data_set(section):
 
 
 def test_splits_are_disjoint_and_fixed_by_their_seed(tmp_path):
-    """Equal images are in one of them."""
     x = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), "u1")
     stored = np.concatenate([x, x])
     np.savez(tmp_path / "a.npz", x_train=stored)
@@ -52,7 +51,6 @@ def test_a_sample_of_sorted_images_has_all_classes():
 
 
 def test_images_with_256_levels_are_reduced(tmp_path):
-    """To their upper bits, or to the levels of a model."""
     section = npz(tmp_path / "a.npz")
     stored = data_set(section).split("test").take(slice(None))
     data = DataSet(a_config("nice", data=section).data, levels=17)
@@ -142,11 +140,7 @@ def test_labels_that_do_not_fit():
         ("(1, 4, 4), 10", "np.full((5, 1, 4, 4), 10, 'u1')", "a value of 10, expected 0..9"),
         ("(1, 4, 4), 256", "np.zeros((5, 1, 4, 5), 'u1')", r"5 im.* \(1, 4, 5\), expected \(1, 4"),
         ("(1, 4, 4), 256", "np.zeros((0, 1, 4, 4), 'u1')", "0 images"),
-        (
-            "(1, 4, 4), 256",
-            "np.zeros((5, 1, 4, 4), 'f4')",
-            "values of type float32, expected uint8",
-        ),
+        ("(1, 4, 4), 256", "np.zeros((5, 1, 4, 4), 'f4')", "type float32, expected uint8"),
         ("(1, 4 + (split == 'test'), 4), 256", "None", "test images have shape"),
         ("(1, 4, 4), 256", "None) and (None", "of users_own.images returned a NoneType"),
         ("(5, 4, 4), 256", "None", "data: it has 5 channels, and images have 1 or 3"),

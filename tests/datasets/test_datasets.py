@@ -110,7 +110,6 @@ def assert_whole(form, at_hand=False):
 
 @forms()
 def test_images_and_classes(form, monkeypatch):
-    """They are decoded and hashed once."""
     assert_whole(form)
     monkeypatch.setattr(cache, "filled", lambda *args: pytest.fail("decoded again"))
     monkeypatch.setattr(base, "digests", lambda *args: pytest.fail("hashed again"))

@@ -19,7 +19,6 @@ VERSIONS = {"oord2016": oord, "chrabaszcz2017": chrabaszcz}
 
 @pytest.mark.run
 def test_the_version_is_beside_every_figure(tmp_path, capsys, monkeypatch):
-    """In the output of training and evaluation, in result files, report and comparison."""
     monkeypatch.chdir(tmp_path)
     paths = {}
     for version, make in VERSIONS.items():

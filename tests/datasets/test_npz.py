@@ -10,7 +10,6 @@ import pytest
 from dataset_helpers import corrupt, noise
 
 from flowtrain.datasets import base, npz
-from flowtrain.datasets.mapped import Mapped
 from flowtrain.errors import UserError
 from flowtrain.system import capacity
 
@@ -41,28 +40,12 @@ def test_layouts(tmp_path, monkeypatch, array, layout, axes, save):
             images = build(split, path=tmp_path / "a.npz", layout=layout)
             assert (images.shape, images.num_bins, images.flip) == (wanted.shape[1:], 256, False)
         assert np.array_equal(images.read()[:], source)
-        assert isinstance(images.read(), Mapped) == (save is np.savez)
 
 
-@pytest.mark.parametrize("mapped", [0, npz.MAPPED])
-def test_a_tenth_is_held_out_and_equal_images_stay_together(tmp_path, monkeypatch, mapped):
-    monkeypatch.setattr(npz, "MAPPED", mapped)
-    array = noise(50, 4, 4)
-    path = tmp_path / "a.npz"
-    np.savez(path, x_train=np.r_[array, array], y_train=np.r_[:50, :50])
-    parts = {split: build(split, path=path) for split in ("train", "test")}
-    rows = {split: part.rows().tolist() for split, part in parts.items()}
-    assert sorted(sum(rows.values(), [])) == list(range(100)) and len(rows["test"]) == 10
-    assert not {row % 50 for row in rows["train"]} & {row % 50 for row in rows["test"]}
-    for split, part in parts.items():
-        images = part.read()[np.array(rows[split])]
-        assert np.array_equal(images, array[part.labels()[rows[split]]][:, None])
-    assert build("test", path=path).rows().tolist() == rows["test"]
-    assert build("test", seed=1, path=path).rows().tolist() != rows["test"]
-    np.savez(path, x_train=array[:1], x_test=array)
-    assert len(build("train", path=path).read()) == 1
-    np.savez(path, array)  # without a name
-    assert len(build("train", path=path).read()) == 50
+def test_one_image_beside_a_test_split_and_an_array_without_a_name(tmp_path):
+    for count, arrays in ((1, {"x_train": GOOD[:1], "x_test": GOOD}), (9, {"arr_0": GOOD})):
+        np.savez(tmp_path / "a.npz", **arrays)
+        assert len(build("train", path=tmp_path / "a.npz").read()) == count
 
 
 @pytest.mark.parametrize(
@@ -96,12 +79,9 @@ def test_arrays_that_do_not_fit(tmp_path, monkeypatch, arrays, options, message)
     "name, array, message",
     [
         ("x_train-1.npy", noise(5, 8, 9, 3), r"x_train-1.npy has images of 8x9 .*-0.npy of 8x8"),
-        ("x_train-1.npy", noise(5, 8, 8, 3) / 2, r"x_train-1.npy has the type float64"),
         ("x_train-2.npy", GOOD, "2 parts of x_train, numbered 0 to 2: one is missing"),
         ("y_train-3.npy", np.arange(9), "1 parts of y_train, numbered 3 to 3: one is missing"),
-        ("x_test.npy", noise(5, 8, 7, 3), r"x_train are 8x8 .* x_test 8x7"),
         ("x_train.npy", GOOD, "has x_train.npy and parts of it: remove either"),
-        ("y_train.npy", np.arange(8), r"y_train in .* is int64 of shape \(8,\): .* 9 images"),
         ("y_train.npy", np.array([{}] * 9), r"y_train in .* is object of shape \(9,\)"),
     ],
 )

@@ -49,11 +49,9 @@ def test_points_are_as_ever(name, options, first, mean, std):
         np.testing.assert_allclose(value, expected, atol=2e-5)  # five decimals, float32
 
 
-def test_floats_in_and_floats_out():
+def test_a_density_has_no_noise_and_no_bits():
     flow = ready(perturb(build_flow(a_config("realnvp"), (2, 1, 1), None)))
-    x = flow.sample(20, generator=seeded())
-    assert x.dtype == torch.float32 and x.shape == (20, 2, 1, 1)
-    torch.testing.assert_close(flow.decode(flow.encode(x)), x, atol=1e-4, rtol=1e-4)
+    x = torch.randn(20, 2, 1, 1, generator=seeded())
     assert torch.equal(flow.log_prob(x), flow.log_prob(x, seeded(1)))
     for use, wrong, message in (
         (flow.log_prob, x.to(torch.uint8), "real numbers"),

@@ -49,9 +49,8 @@ def test_the_same_vectors_in_every_form(form, tmp_path):
     assert [len(each) for each in found] == ([50, 10] if form == "npz" else [54, 6])
     both = np.concatenate(found)[:, :, 0, 0]
     assert np.array_equal(np.sort(both, axis=0), np.sort(VALUES, axis=0))
-    other = build("vectors", "", "test", seed=1, path=path)
-    if form != "npz":  # by the seed alone
-        assert np.array_equal(parts["test"].rows(), build("vectors", "", "test", path=path).rows())
+    if form != "npz":
+        other = build("vectors", "", "test", seed=1, path=path)
         assert not np.array_equal(other.rows(), parts["test"].rows())
 
 
@@ -85,7 +84,6 @@ def saved(**changes):
          "its first line has 2 columns, and its rows have 3"),
         ("a.csv", lambda path: path.write_text("a;b\n1;2\n"), "expected commas between the val"),
         ("a.csv", lambda path: path.write_text(""), "it has no rows"),
-        ("a.csv", lambda path: path.write_text("\n\n"), "it has no rows"),
         ("a.csv", lambda path: path.write_bytes(b"\xff\xfe1"), r"a.csv cannot be read \(.*codec"),
         ("a.csv", pipe, "a.csv cannot be read .*not a regular file"),
     ],
@@ -102,10 +100,8 @@ def test_vectors_to_be_scored_may_have_a_constant_column(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=VALUES, x_test=VALUES[:1])
     assert len(build("vectors", "", "test", path=tmp_path / "a.npz").read()) == 1
     np.save(tmp_path / "b.npy", VALUES[:1])
-    own, other = (
-        parse({"data": {"name": "vectors", "path": str(tmp_path / name)}}).data
-        for name in ("a.npz", "b.npy")
-    )
+    sections = [{"name": "vectors", "path": str(tmp_path / name)} for name in ("a.npz", "b.npy")]
+    own, other = (parse({"data": section}).data for section in sections)
     images = undivided(other, own)
     assert np.array_equal(images.read()[:, :, 0, 0], VALUES[:1]) and images.rows is None
 
@@ -125,9 +121,8 @@ def test_the_density_is_that_of_the_original_units(model, tmp_path):
         x = DataSet(config.data).split("train").take(slice(None))
         initialize(flow, x, torch.zeros_like(x))
         log_probs.append(flow.log_prob(x).detach())
-        torch.testing.assert_close(
-            flow.decode(flow.encode(x)), x, rtol=1e-3, atol=0.01 * scale.min()
-        )
+        back = flow.decode(flow.encode(x))
+        torch.testing.assert_close(back, x, rtol=1e-3, atol=0.01 * scale.min())
     expected = log_probs[0] - np.log(units).sum()
     torch.testing.assert_close(log_probs[1], expected, rtol=1e-4, atol=1e-3)
 

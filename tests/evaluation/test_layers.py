@@ -3,22 +3,19 @@
 import math
 
 import torch
+from catalogue import VARIATIONAL
 from helpers import images, seeded, tiny_flow
 from torch import nn
 
 from flowtrain.evaluation.layers import first_non_finite, log_scale_ranges
 
 
-def variational_flow(model="glow", shape=(1, 4, 4)):
-    noise = {"name": "variational", "steps": 4, "width": 6}
-    return tiny_flow(model, shape, scale=0.05, noise=noise)
-
-
 def test_layers_are_named_those_of_the_noise_too():
-    flow = variational_flow()
+    flow = tiny_flow(scale=0.05, noise=VARIATIONAL)
+    small = tiny_flow("planar", (1, 1, 1), scale=0.05, noise=VARIATIONAL)
     x, noise = images(4, flow.shape), torch.rand((4, *flow.shape), generator=seeded())
     # of a single pixel a checkerboard keeps all, or nothing
-    for each, count in ((flow, 4), (variational_flow("planar", (1, 1, 1)), 2)):
+    for each, count in ((flow, 4), (small, 2)):
         part = (slice(None), slice(None), *(slice(side) for side in each.shape[1:]))
         ranges = log_scale_ranges(each, x[part], noise[part])
         assert sum(name.startswith("dequantizer.noise_model.flow.") for name in ranges) == count

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from catalogue import TINY
-from helpers import CPU, a_config, images, npz, perturb, seeded, tiny_flow
+from helpers import CNF, CPU, a_config, images, npz, perturb, seeded, tiny_flow
 from torch.distributions import Normal
 
 from flowtrain.bijections.context import Guided
@@ -41,15 +41,9 @@ def test_the_prior_is_a_gaussian_for_each_class_on_the_coarsest_level():
     torch.testing.assert_close(prior.carried(z, 0, 2, 0.5), moved)
 
 
-def conditional(model="glow", classes=3, **options):
-    return tiny_flow(model, SHAPE, classes=classes, **options)
-
-
-@pytest.mark.parametrize(
-    "model", [*sorted(TINY.keys() - {"cnf"}), pytest.param("cnf", marks=pytest.mark.run)]
-)
+@pytest.mark.parametrize("model", [*sorted(TINY.keys() - {"cnf"}), CNF])
 def test_without_a_label_the_likelihood_is_the_mean_over_the_classes(model):
-    flow = conditional(model).double()
+    flow = tiny_flow(model, classes=3).double()
     x = images(6, SHAPE)
     given = torch.stack([flow.log_prob(x, seeded(), torch.full((6,), label)) for label in range(3)])
     assert given.std(dim=0).min() > 1e-3
@@ -66,7 +60,7 @@ def test_without_a_label_the_likelihood_is_the_mean_over_the_classes(model):
 
 @pytest.mark.parametrize("model", ["glow", "causal", "tarflow", "jet"])
 def test_images_come_back_and_samples_have_a_class(model):
-    flow, x = conditional(model), images(8, SHAPE)
+    flow, x = tiny_flow(model, classes=3), images(8, SHAPE)
     assert torch.equal(flow.decode(flow.encode(x)), x)
     of_class = flow.sample(8, generator=seeded(), labels=torch.tensor([2] * 8))
     by_turns = flow.sample(8, generator=seeded())
@@ -82,7 +76,7 @@ def test_labels_that_the_model_does_not_have():
         (2, [True, False], "integers as labels, got torch.bool"),  # not a mask of the classes
         (0, [0, 0], "not class-conditional"),
     ):
-        flow = conditional(classes=classes)
+        flow = tiny_flow(classes=classes)
         for use in (
             lambda labels, flow=flow: flow.log_prob(images(2, SHAPE), labels=labels),
             lambda labels, flow=flow: flow.log_density(torch.rand(2, *SHAPE), labels),
@@ -96,7 +90,7 @@ def test_labels_that_the_model_does_not_have():
 @pytest.mark.parametrize("dropped, seen", [(0.0, 1 / 3), (0.1, 0.0)])
 def test_without_a_class_the_networks_see_the_mean_of_all_or_zeros(dropped, seen):
     """Zeros if labels were dropped in training."""
-    flow, x = conditional("causal", label_dropout=dropped), images(5, SHAPE)
+    flow, x = tiny_flow("causal", classes=3, label_dropout=dropped), images(5, SHAPE)
     z = flow.encode(x)
     again, log_det = flow.bijection(flow.dequantizer.middle(x), torch.full((5, 3), seen))
     torch.testing.assert_close(again, z)
@@ -117,12 +111,12 @@ def test_guidance_needs_a_model_of_images_without_a_class():
         ("model.label_dropout, for example 0.1", "causal", 3),
     ):
         with pytest.raises(ValueError, match=f"guidance: .*{words}"):
-            conditional(model, classes).sample(2, guidance=0.0)
+            tiny_flow(model, classes=classes).sample(2, guidance=0.0)
 
 
 @pytest.mark.parametrize("model", ["causal", "tarflow"])
 def test_guided_samples_are_by_the_extrapolated_parameters(model):
-    flow = conditional(model, label_dropout=0.1).double()
+    flow = tiny_flow(model, classes=3, label_dropout=0.1).double()
     z, labels = flow.draw_latents(6, seeded()), torch.arange(6) % 3
     context = torch.nn.functional.one_hot(labels, 3).double()
     guided = Guided(context, torch.zeros_like(context), 1.5)
@@ -162,8 +156,7 @@ def test_labels_go_with_their_images(tmp_path, streamed, monkeypatch):
 
 
 def test_bounds_by_class_are_those_of_the_draws():
-    flow = conditional().eval().requires_grad_(False)
+    flow = tiny_flow(classes=3).eval().requires_grad_(False)
     scores = score(flow, Split(images(9, SHAPE).numpy(), np.arange(9)), draws=2, batch_size=4)
     assert scores.draws_by_class.shape == (2, 3, 9)
     torch.testing.assert_close(scores.draws, scores.draws_by_class.logsumexp(dim=1) - math.log(3))
-    torch.testing.assert_close(scores.base + scores.log_det, scores.draws[0])

@@ -45,9 +45,8 @@ def test_middle(levels, transform, alpha):
     assert torch.equal(dequantizer.middle(x), dequantizer(x, torch.full(x.shape, 0.5))[0])
     s = alpha + (1 - 2 * alpha) * (x.double() + 0.5) / levels  # RealNVP, section 4.1
     expected = (x.double() + 0.5) / levels - 0.5 if transform == "center" else torch.logit(s)
-    torch.testing.assert_close(
-        dequantizer.middle(x, torch.float64), expected, rtol=1e-13, atol=1e-15
-    )
+    found = dequantizer.middle(x, torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
 
 
 @both

@@ -7,26 +7,14 @@ import numpy as np
 import pytest
 import torch
 from catalogue import TINY
-from helpers import images, seeded, tiny_flow
+from helpers import CNF, images, seeded, tiny_flow
 
 from flowtrain.bijections import ActNorm
 from flowtrain.bijections.execution import LayerByLayer
 
-CNF = pytest.param("cnf", marks=pytest.mark.run)
-every_model = pytest.mark.parametrize("model", [*sorted(TINY.keys() - {"cnf"}), CNF])
 OPTIONS = [(model, {}) for model in sorted(TINY.keys() - {"cnf"})]
 OPTIONS += [(model, {"transform": "logit"}) for model in ("glow", "maf", "nice", "realnvp")]
 OPTIONS += [pytest.param("cnf", {}, marks=pytest.mark.run)]
-
-
-@every_model
-def test_an_image_scores_the_same_in_any_batch(model):
-    flow = tiny_flow(model)
-    x = images(33, flow.shape)
-    expected = flow.log_prob(x, seeded(1)).detach()
-    generator = seeded(1)
-    found = torch.cat([flow.log_prob(part, generator).detach() for part in x.split([1, 7, 25])])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("levels", [17, 256])
@@ -44,8 +32,6 @@ def test_any_integer_type_will_do(levels, dtype):
     [
         (256, (2, 1, 4, 5), 0, torch.uint8, r"shape \(B, 1, 4, 4\), got \(2, 1, 4, 5\)"),
         (256, (0, 1, 4, 4), 0, torch.uint8, r"shape \(B, 1, 4, 4\), got \(0, 1, 4, 4\)"),
-        (256, (1, 4, 4), 0, torch.uint8, "shape"),
-        (256, (1, 1, 1, 4, 4), 0, torch.uint8, "shape"),
         (256, (2, 1, 4, 4), 0, torch.float32, "integers in 0..255, got torch.float32"),
         (256, (2, 1, 4, 4), 0, torch.bool, "integers"),
         (17, (2, 1, 4, 4), 17, torch.uint8, "values in 0..16, got 17..17"),
@@ -103,7 +89,6 @@ OF_8X8 = {"shape": (1, 8, 8), "scale": 0.1}
     ],
 )
 def test_decode_inverts_encode(model, options):
-    """Whatever the number that is decoded together."""
     flow = tiny_flow(model, **options)
     x = images(100, flow.shape, flow.num_bins, seed=9)
     x[0], x[1], x[2:5] = 0, flow.num_bins - 1, (flow.num_bins - 1) * (x[2:5] % 2)
@@ -140,7 +125,7 @@ def test_several_draws_are_the_importance_weighted_bound():
         tiny_flow("causal").log_prob(x, draws=2)
 
 
-@every_model
+@pytest.mark.parametrize("model", [*sorted(TINY.keys() - {"cnf"}), CNF])
 def test_samples(model):
     flow = tiny_flow(model, q=17)
     x = flow.sample(9, generator=seeded(4))

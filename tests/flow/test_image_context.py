@@ -83,7 +83,6 @@ def test_an_image_is_scored_and_comes_back_given_its_own_context(model, kind, fa
 @pytest.mark.parametrize("conditioner", ["glow", "gated"])
 @pytest.mark.parametrize("kind", ["downsample", "grey"])
 def test_every_network_sees_the_context(conditioner, kind):
-    """The split priors, too."""
     flow = conditional("glow", kind, conditioner=conditioner)
     x = images(2, SHAPE)
     seen = flow.conditioning(2, context=flow.context_of(x)).requires_grad_()

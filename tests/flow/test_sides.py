@@ -110,9 +110,7 @@ def test_samples_take_a_side_by_their_latents(drawn):
     plain, other = drawn(flow, 20, contexts), drawn(flow, 20, contexts.flip(-1)).flip(-1)
     flow.sides = 2
     x = drawn(flow, 20, contexts)
-    is_plain, is_other = (
-        (x == each).flatten(-3).all(dim=-1).view(20, -1) for each in (plain, other)
-    )
+    is_plain, is_other = ((x == each).flatten(-3).all(-1).view(20, -1) for each in (plain, other))
     assert torch.equal(is_plain, ~is_other) and 4 < is_other[:, 0].sum() < 16
     assert (is_other == is_other[:, :1]).all(), "other sides at other temperatures or contexts"
     assert torch.equal(drawn(flow, 5, contexts), x[:5]) and torch.equal(contexts, kept)

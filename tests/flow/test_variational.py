@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from catalogue import VARIATIONAL
 from helpers import images, perturb, seeded, tiny_flow
 from torch import nn
 
@@ -23,11 +24,6 @@ both_sizes = pytest.mark.parametrize("model, shape", [("glow", (3, 8, 4)), ("nic
 def noise_model(shape, scale=0.2):
     torch.manual_seed(0)
     return perturb(VariationalNoise(shape, steps=4, width=6), scale)
-
-
-def variational_flow(model="glow", shape=(1, 4, 4), scale=0.2):
-    noise = {"name": "variational", "steps": 4, "width": 6}
-    return tiny_flow(model, shape, scale=scale, noise=noise)
 
 
 def scaled(x, levels=256):
@@ -87,7 +83,7 @@ def test_noise_stays_between_the_edges(push, size):
 
 
 def test_the_density_goes_into_the_bound():
-    flow = variational_flow()
+    flow = tiny_flow(noise=VARIATIONAL)
     x, noise = images(5, flow.shape), torch.rand(5, *flow.shape, generator=seeded(1))
     u, log_q = flow.dequantizer.noise_model(noise, scaled(x))
     z, log_det = flow.bijection((x + u) / 256 - 0.5)
@@ -109,7 +105,7 @@ def gradients(flow, mode="store", bf16=False):
 
 @both_sizes
 def test_memory_modes_give_the_same_gradients_and_bf16_reaches_networks_only(model, shape):
-    flow = variational_flow(model, shape, scale=0.1).double()
+    flow = tiny_flow(model, shape, scale=0.1, noise=VARIATIONAL).double()
     total, stored = gradients(flow)
     assert sum(name.startswith("dequantizer.noise_model.context.") for name in stored) == 4
     assert all(grad.count_nonzero() for grad in stored.values())

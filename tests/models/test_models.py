@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from catalogue import SPHERE, TINY, TORUS
-from helpers import a_config, images, initialized, tiny_flow
+from helpers import CNF, a_config, images, initialized, tiny_flow
 
 from flowtrain import bijections as b
 from flowtrain import config as configuration
@@ -28,7 +28,6 @@ from flowtrain.training.step import train_step
 # The layers that learn, apart from ActNorm and matrices.
 LEARNED = (b.CheckerboardCoupling, b.Continuous, b.Coupling)
 LEARNED += (b.MaskedAutoregressive, b.Planar, b.TokenAutoregressive)
-CNF = pytest.param("cnf", marks=pytest.mark.run)  # takes long
 
 
 def test_every_model_is_tested():

@@ -23,10 +23,6 @@ SIZES = [(5, 6), (6, 3), (8, 5), (3, 1)]
 WIDTH, PIXELS = 6, 4
 
 
-def before(token, other):
-    return other <= token
-
-
 def within(token, other, above, beside):
     (i, j), (k, n) = token, other
     return i - k <= above and abs(n - j) <= beside
@@ -36,9 +32,9 @@ def seen_by(kind, token, other):
     """Whether a block of a kind may, and so does, look from a token at another."""
     (i, j), (k, n) = token, other
     if kind in ("convolution", "pixel convolution"):
-        return before(token, other) and within(token, other, 1, 1)
+        return other <= token and within(token, other, 1, 1)
     if kind in ("attention", "pixel attention"):
-        return before(token, other)
+        return other <= token
     cell, other_cell = (i // 2 - 1, j // 2), (k // 2, n // 2)
     # Two blocks of cells, of which each sees one row above and the cells beside it.
     return other_cell[0] <= cell[0] and within(cell, other_cell, 2, 2) or other == token

@@ -1,6 +1,4 @@
-"""Transformers over tokens: classes, heads and positions. For the causal one, see also
-`test_token_autoregressive.py`.
-"""
+"""Transformers over tokens: classes, heads and positions (see `test_token_autoregressive.py`)."""
 
 import itertools
 

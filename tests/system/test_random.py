@@ -33,7 +33,6 @@ def words_of(counter, key):
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN)
 def test_known_answers(counter, key, expected):
-    """Of whole numbers and of torch."""
     expected = [int(word, 16) for word in expected.split()]
     halves = [half for word in expected for half in (word % 2**32, word >> 32)]
     assert words_of(counter, key) == halves

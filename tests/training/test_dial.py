@@ -124,9 +124,8 @@ def test_a_batch_is_divided_unless_it_is_given(tmp_path, monkeypatch):
 
 def test_the_measured_step_fits_into_the_memory(tmp_path, monkeypatch):
     npz(tmp_path / "x.npz", 20)
-    config = load_config(
-        find_config("causal_digits"), ["data.name=npz", f"data.path={tmp_path / 'x.npz'}"]
-    )
+    words = ["data.name=npz", f"data.path={tmp_path / 'x.npz'}"]
+    config = load_config(find_config("causal_digits"), words)
     data = dial.DataSet(config.data)
     flow = dial.build_flow(config, data.shape, data.num_bins)
     image = dial.activations_of_an_image(flow, config)
@@ -144,9 +143,8 @@ def test_the_measured_step_fits_into_the_memory(tmp_path, monkeypatch):
 
 def test_a_size_that_one_process_alone_refuses_is_refused_by_all(tmp_path, monkeypatch):
     npz(tmp_path / "x.npz", 20)
-    config = load_config(
-        find_config("causal_digits"), ["data.name=npz", f"data.path={tmp_path / 'x.npz'}"]
-    )
+    words = ["data.name=npz", f"data.path={tmp_path / 'x.npz'}"]
+    config = load_config(find_config("causal_digits"), words)
     gathered = dial.distributed.all_gather_object
 
     def with_another(value):

@@ -112,6 +112,7 @@ def test_the_memory_of_a_step(mode):
     assert said == pytest.approx(max(capacity.moments(lambda: train_step(state, x), CPU)), rel=0.1)
 
 
+ATTENTION = {**TINY["causal"], "width": 32, "token": 1, "attention": 1, "pixels": True}
 GROWING = {
     # Gradients that are larger than the activations of a few images.
     "glow": ("glow", "bf16", {"levels": 2, "steps": 2, "width": 64}),
@@ -119,10 +120,7 @@ GROWING = {
     "realnvp": ("realnvp", "fp32", {"levels": 2, "width": 16, "blocks": 1}),
     "maf": ("maf", "fp32", {"layers": 2, "width": 64, "hidden_layers": 1}),
     "tarflow": ("tarflow", "bf16", {"patch": 2, "width": 64, "blocks": 2, "layers": 1}),
-    "attention": (
-        *("causal", "bf16"),
-        {**TINY["causal"], "width": 32, "token": 1, "attention": 1, "pixels": True},
-    ),
+    "attention": ("causal", "bf16", ATTENTION),
     "jet": ("jet", "fp32", {"patch": 2, "width": 32, "couplings": 5, "layers": 1}),
     "cnf": ("cnf", "fp32", {"blocks": 1, "width": 16, "hidden_layers": 1}),
 }

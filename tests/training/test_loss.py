@@ -20,6 +20,7 @@ from flowtrain.training.step import train_step
 GLOW = {"name": "glow", "levels": 2, "steps": 1, "width": 4}
 CAUSAL = {"name": "causal", **TINY["causal"]}
 ATTENTION = {"attention": 1, "downsample": 1, "dropout": 0.2}
+ADDITIVE = {"coupling": "additive", "permutation": "shuffle"}
 SPLINE = {"coupling": "spline", "conditioner": "gated", "permutation": "conv1x1"}
 MIXTURE = {"coupling": "mixture", "conditioner": "gated", "split": "mixed"}
 VARIATIONAL = {"name": "variational", "steps": 2, "width": 4}
@@ -30,10 +31,7 @@ MODELS = {
     "glow": (GLOW, 8, 256, {}, BOTH),
     "spline": ({**GLOW, **SPLINE}, 8, 256, {}, BOTH),
     "mixture": ({**GLOW, **MIXTURE}, 8, 256, {}, NO_INVERSE),
-    "additive": (
-        {**GLOW, "coupling": "additive", "permutation": "shuffle"},
-        *(8, 256, {"transform": "logit"}, BOTH),
-    ),
+    "additive": ({**GLOW, **ADDITIVE}, 8, 256, {"transform": "logit"}, BOTH),
     "variational": (GLOW, 8, 256, VARIATIONAL, BOTH),
     "classes": ({**GLOW, "classes": 3}, 8, 256, {}, BOTH),
     "realnvp": ({"name": "realnvp", **TINY["realnvp"]}, 8, 256, {}, BOTH),

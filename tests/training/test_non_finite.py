@@ -40,10 +40,9 @@ def assert_finite(path):
 
 
 def test_a_rate_that_is_far_too_high(tmp_path):
-    often = ["train.checkpoint_every=100", "train.log_every=1", "train.validate_every=1"]
-    done = quick(
-        "train", *TINY_RUN, *often, "train.lr=1e30", "train.max_non_finite=3", cwd=tmp_path
-    )
+    words = ["train.checkpoint_every=100", "train.log_every=1", "train.validate_every=1"]
+    words += ["train.lr=1e30", "train.max_non_finite=3"]
+    done = quick("train", *TINY_RUN, *words, cwd=tmp_path)
     last_evidence = "runs/glow_digits/non-finite-4.json"
     done.failed(1, "4 steps", "train.max_non_finite: 3", "bijection.", last_evidence, "train.lr")
     assert "back to step 0, with the learning rate times 0.5" in done.out
@@ -105,9 +104,7 @@ def spoil(monkeypatch, number, before=lambda: None):
 
 
 def test_a_moment_of_too_high_a_rate_is_survived(tmp_path, monkeypatch, capsys):
-    """After the first event, half the rate is enough. Training goes back to the best checkpoint,
-    the newest one, which is still being written.
-    """
+    """Training goes back to the best checkpoint, the newest one, which is still being written."""
     fsync, steps = os.fsync, []
 
     def slowly(handle):

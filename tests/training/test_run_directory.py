@@ -16,6 +16,7 @@ import pytest
 import torch
 from catalogue import SMALL, TINY_RUN
 from cli_helpers import last, left_overs, metrics, quick, summary, trained, tree
+from dataset_helpers import pipe
 from helpers import CPU, a_config
 
 from flowtrain.checkpoints import format as checkpoint_format
@@ -30,26 +31,18 @@ from flowtrain.training.run_directory import RunDirectory
 ENDLESS = ["train", *SMALL, "train.num_steps=100_000", "train.log_every=1", "--run-dir", "r"]
 
 
-def old_summary(run):
-    old = {**summary(run), "finished": False, "step": 15}
-    (run / "summary.json").write_text(json.dumps(old))
-
-
 def cut(run):
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(text + text[:40])
 
 
-def pipe_for_summary(run):
-    (run / "summary.json").unlink()
-    os.mkfifo(run / "summary.json")
-
-
 KILLS = {
     "no summary": lambda run: (run / "summary.json").unlink(),
     "damaged summary": lambda run: (run / "summary.json").write_text("[" * 100_000),
-    "old summary": old_summary,
-    "pipe for summary": pipe_for_summary,
+    "old summary": lambda run: (run / "summary.json").write_text(
+        json.dumps({**summary(run), "finished": False, "step": 15})
+    ),
+    "pipe for summary": lambda run: pipe(run / "summary.json"),
     "metrics": cut,
     "numbered": lambda run: shutil.copy(last(run), run / "checkpoints/step-00000010.safetensors"),
     "half": lambda run: (run / "checkpoints" / ".last.safetensors.x.tmp").write_text("half"),

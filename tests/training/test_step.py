@@ -1,9 +1,6 @@
-"""A non-finite step changes nothing. A step waits for nothing. Its memory is known, and refused if
-it cannot fit, before it is taken.
-"""
+"""Steps: a non-finite one changes nothing, none waits, and one that cannot fit is refused."""
 
 import contextlib
-import itertools
 from typing import get_args
 
 import pytest
@@ -76,8 +73,8 @@ def state_of(config, shape=SHAPE):
     return State(config, ready(build_flow(config, shape, 256)), [], None, {})
 
 
-def trained_state(optimizer="adam"):
-    config = a_config(train={"optimizer": optimizer, "weight_decay": 0.1, "clip_norm": 1.0})
+def trained_state(optimizer="adam", clip_norm=1.0):
+    config = a_config(train={"optimizer": optimizer, "weight_decay": 0.1, "clip_norm": clip_norm})
     flow = tiny_flow(seed=1)
     state = State(config, flow, build_optimizers(flow, config.train), EMA(flow, 0.5), {})
     x = images(4, flow.shape)
@@ -152,14 +149,6 @@ CASES = [
 ]
 
 
-def cases_of_waiting():
-    """Each model, coupling and mode."""
-    for case, memory, device in itertools.product(CASES, get_args(Mode), (CPU, CUDA)):
-        name, model, options = case
-        given = name, {"name": model, **TINY[model], **options}, memory, device
-        yield pytest.param(*given, id=f"{name}-{memory}-{device.type}")
-
-
 def fake_step(monkeypatch, device, model, train, **sections):
     """A step on fake images: augmentation, noise, gradient, clipping, optimizer and average."""
     config = a_config(model, train={"batch_size": 4, **train}, **sections)
@@ -189,9 +178,12 @@ def fake_step(monkeypatch, device, model, train, **sections):
 
 @pytest.mark.run
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("name, model, memory, device", [*cases_of_waiting()])
-def test_a_step_waits_for_nothing(name, model, memory, device, monkeypatch):
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("memory", get_args(Mode))
+@pytest.mark.parametrize("name, model, options", CASES)
+def test_a_step_waits_for_nothing(name, model, options, memory, device, monkeypatch):
     """The CUDA part is without the backward pass, which needs a torch that was built for CUDA."""
+    model = {"name": model, **TINY[model], **options}
     flow = build_flow(a_config(model), SHAPE, 256)
     possible = [p for p in ("bf16", "fp32") if reason_against(flow, memory, p) is None]
     if not possible:
@@ -209,7 +201,6 @@ def test_a_step_waits_for_nothing(name, model, memory, device, monkeypatch):
 @pytest.mark.parametrize("memory", get_args(Mode))
 @pytest.mark.parametrize("model", ["glow", "cnf"])
 def test_the_activations_are_a_part_of_the_peak(model, memory, monkeypatch):
-    """Nearly all of it if they are stored."""
     config = a_config(model, train={"memory": memory, "batch_size": 64})
     state = state_of(config)
     before = {name: tensor.clone() for name, tensor in state.flow.state_dict().items()}
@@ -313,10 +304,7 @@ def test_a_dropped_label_trains_the_model_without_a_class():
 
 
 def test_a_step_is_averaged_and_clipped():
-    config, flow = a_config(train={"clip_norm": 0.01}), tiny_flow()
-    state = State(config, flow, build_optimizers(flow, config.train), EMA(flow, 0.9), {})
-    before = state.progress.averaged
-    optimizer_step(state, train_step(state, images(4, flow.shape))[1])
-    norm = torch.nn.utils.get_total_norm([p.grad for p in flow.parameters()])
+    state, _ = trained_state(clip_norm=0.01)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in state.flow.parameters()])
     assert norm.item() == pytest.approx(0.01, rel=1e-3)  # torch adds 1e-6 to the norm
-    assert state.progress.averaged == before + 1
+    assert state.progress.averaged == 1

@@ -28,9 +28,7 @@ from flowtrain.training.stop import Clock, signals
 
 @pytest.mark.run
 def test_a_terminal_shows_a_bar_and_saves_the_run_when_it_is_closed(tmp_path):
-    """The bar has eighty columns, also if the period of log lines never comes. Nobody can read what
-    is printed after the end of the terminal, and that is no error.
-    """
+    """The bar needs no log lines. Output after the end of the terminal is no error."""
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(
