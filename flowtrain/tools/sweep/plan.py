@@ -85,8 +85,7 @@ def planned(values: Mapping[str, Any], base: Config, where: str) -> Plan:
         if not isinstance(x, list) and not {"low", "high"} <= set(x):
             raise UserError(f"{where}: ranges: {key}: expected a list of values, or low and high")
     ranges: dict[str, list[Any]] = {
-        key: x if isinstance(x, list) else [x["low"], x["high"]]
-        for key, x in plan.ranges.items()
+        key: x if isinstance(x, list) else [x["low"], x["high"]] for key, x in plan.ranges.items()
     }
     firsts = {key: values[0] for key, values in ranges.items()}
     of_ranges = [row_of({**firsts, key: x}) for key, each in ranges.items() for x in each]
