@@ -102,16 +102,31 @@ def nflows_glow(logit=False):
     return trained(flow, flow.log_prob, 0.25 + 0.5 * pictures() * SCALE)
 
 
-def freia_glow(side=8):
+def freia_glow(logit=False, side=8):
     freia = library("FrEIA")
     from FrEIA import modules
 
     flow = freia.framework.SequenceINN(1, side, side)
+    if logit:
+        flow.append(_freia_logit(modules.InvertibleModule))
     flow.append(modules.IRevNetDownsampling)
     flow.append(modules.ActNorm)
     flow.append(modules.Fixed1x1Conv, M=torch.randn(4, 4, generator=seeded()) + torch.eye(4))
     flow.append(modules.GLOWCouplingBlock, subnet_constructor=Convolutions)
     return trained(flow, flow, 0.25 + 0.5 * pictures(side=side) * SCALE)
+
+
+def _freia_logit(base):
+    class Logit(base):
+        def forward(self, x, c=(), rev=False, jac=True):
+            y = torch.sigmoid(x[0]) if rev else x[0]
+            log_det = -(y.log() + torch.log1p(-y)).flatten(1).sum(1)
+            return ((y,), -log_det) if rev else ((torch.logit(y),), log_det)
+
+        def output_dims(self, dims):
+            return dims
+
+    return Logit
 
 
 GLOWS = {"normflows": normflows_glow, "nflows": nflows_glow, "FrEIA": freia_glow}
@@ -120,6 +135,7 @@ LOG_PROBS = {
     "normflows": lambda flow, v: flow.log_prob(v, None),
     "nflows": lambda flow, v: flow.log_prob(v),
     "FrEIA": lambda flow, v: _of_latent(*flow(v)),
+    "zuko": lambda flow, v: flow().log_prob(v.flatten(1)),
 }
 
 
@@ -472,11 +488,13 @@ IMAGES = {
     "FrEIA": lambda: Foreign(freia_glow(), SHAPE, BINS, scale=1 / 128, offset=-1),
     "zuko": lambda: Foreign(zuko_glow(logit=True), SHAPE, BINS, flat=True),
     "zuko, alpha": lambda: Foreign(zuko_glow(), SHAPE, BINS, alpha=0.05, flat=True),
-    "noise, integers": lambda: Foreign(Dequantized(True), SHAPE, BINS, scale=1.0, adds_noise=True),
-    "noise": lambda: Foreign(Dequantized(False), SHAPE, BINS, adds_noise=True),
+    "noise of a flow of integers": lambda: Foreign(
+        Dequantized(True), SHAPE, BINS, scale=1.0, adds_noise=True
+    ),
+    "noise of a flow": lambda: Foreign(Dequantized(False), SHAPE, BINS, adds_noise=True),
 }
 # Flows with tensors that are neither parameters nor buffers, with modules in other objects, with
-# latents in a list, with an estimated log-det, or with other habits.
+# latents in a list, or with other habits.
 OWN = {
     "latents in a list": Halves,
     "old weight_norm": lambda: Coupling(old_weight_norm),
@@ -492,9 +510,8 @@ OWN = {
     "sparse matrix": Sparse,
     "on one device": Here,
     "integer log-det": Swapped,
-    "residual": normflows_residual,
-    "estimated": Estimated,
 }
+ESTIMATES = {"residual": normflows_residual, "estimated": Estimated}
 
 
 def zuko_glow(logit=False):
