@@ -20,7 +20,7 @@ from flowtrain.checkpoints import format as checkpoint_format
 from flowtrain.checkpoints.build import build_flow
 from flowtrain.checkpoints.load import load_model
 from flowtrain.data.splits import DataSet
-from flowtrain.errors import RunError
+from flowtrain.errors import RunError, UserError
 from flowtrain.evaluation.layers import layers_of, log_scale_ranges
 from flowtrain.flow.variational import VariationalNoise
 from flowtrain.system.random import Stream, uniform
@@ -67,6 +67,8 @@ def bad(found):
     return {key[:2] for key, f in found.items() if f.verdict == "bad"}
 
 
+# ---------------------------------------------------------------- sound models
+
 SPLINES = {"coupling": "spline", "prior": "spline", "conditioner": "gated"}
 MIXTURES = {"coupling": "mixture", "prior": "mixture"}
 LOGIT = {**VARIATIONAL, "transform": "logit"}
@@ -84,6 +86,7 @@ SOUND = [
 
 @pytest.mark.parametrize("name, options", SOUND, ids=str)
 def test_a_sound_model(name, options, tmp_path):
+    """Nothing is bad, and no check is missing."""
     model, data = a_model(tmp_path, name, **options)
     steps = []
     found = examined(
@@ -475,18 +478,22 @@ def test_images_are_counted(tmp_path):
     assert ("inverse of forward", "layers.1") in bad(found)
 
 
-def test_memory_that_runs_out_is_no_finding(tmp_path, monkeypatch):
+def test_memory_that_runs_out_and_other_data_are_no_findings(tmp_path, monkeypatch):
     model, data = faulty(tmp_path, "bias")
     greedy = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(Faulty, "forward", greedy)
     with pytest.raises(torch.OutOfMemoryError):
         examine(model, data)
+    other = DataSet(a_config(data=npz(tmp_path / "b.npz", shape=(8, 8, 3))).data)
+    with pytest.raises(UserError, match="shape"):
+        examine(model, other)
 
 
 def test_the_command(run, tmp_path):
     done = quick("doctor", "--num-images", 5, "--seed", 1, "--weights", "raw", cwd=tmp_path)
-    # After 20 steps, it is worse than a uniform coder.
-    done.failed(1, "1 of", "the worst first: the whole model")
+    done.failed(
+        1, "1 of", "the worst first: the whole model"
+    )  # worse than a uniform coder after 20 steps
     values = json.loads((run / "doctor.json").read_text())
     findings = values["findings"]
     assert "wrote runs/glow_digits/doctor.json" in done.out
@@ -513,6 +520,23 @@ def test_the_command(run, tmp_path):
     assert largest in " ".join(done.out.split())
     done = quick("doctor", "two_moons", "--num-images", 2, "--json", "-", cwd=tmp_path).ok()
     assert json.loads(done.out)["verdict"] == "ok" and "verdict: ok" in done.err
+
+
+def test_a_damaged_model_exits_with_1_after_writing(run, tmp_path):
+    saved = checkpoint_format.read(run / "checkpoints" / "best.safetensors")
+    saved.tensors["ema.bijection.levels.1.layers.1.log_scale"].flatten()[0] = -1e3
+    saved.tensors[f"ema.bijection.levels.0.layers.3.{WEIGHT}"].flatten()[0] = math.nan
+    checkpoint_format.write(tmp_path / "nan.safetensors", saved.meta, saved.tensors)
+    words = ("--num-images", 2, "--json", "deep/er/a.json")
+    done = quick("doctor", "nan.safetensors", *words, cwd=tmp_path)
+    names = ["levels.0.layers.3", "levels.1.layers.1", "the whole model"]
+    done.failed(1, f"findings are bad, the worst first: {', '.join(names)}")
+    values = json.loads((tmp_path / "deep/er/a.json").read_text())
+    assert values["verdict"] == "bad" and values["weights"] == "ema"
+    wrong = {f["layer"] for f in values["findings"] if f["verdict"] == "bad"}
+    assert wrong == {*names[:2], ""}
+    assert "verdict: bad" in done.out and "not finite" in done.out
+    assert not (tmp_path / "doctor.json").exists()
 
 
 def test_every_check_is_documented():
