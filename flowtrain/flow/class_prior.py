@@ -147,6 +147,10 @@ class ClassContext(nn.Module):
     In training, each image loses its label with the probability `label_dropout`. Its networks then
     see zeros, and learn the images of all classes together, for guidance (Ho & Salimans 2022,
     arXiv:2207.12598). The label K, after the last class, stands for no class.
+
+    Args:
+        classes: Number of classes, K.
+        label_dropout: Probability with which training drops a label.
     """
 
     def __init__(self, classes: int, label_dropout: float = 0.0):

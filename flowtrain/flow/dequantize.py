@@ -174,6 +174,10 @@ class GaussianDequantizer(Dequantizer):
 
     The flow is then a density of noisy images, and so are samples. The noise may leave the level,
     so this density is no bound on the probability of the image.
+
+    Args:
+        num_bins: Number of levels, Q.
+        sigma: Standard deviation of the noise, where 0 is black and 1 is white.
     """
 
     sigma: float
@@ -204,6 +208,7 @@ class RealValued(nn.Module):
     of_entry = 0.0
 
     def check(self, x: Tensor) -> None:
+        """Raises `ValueError` for a dtype that is not floating-point."""
         if not x.is_floating_point():
             raise ValueError(f"expected real numbers, got {x.dtype}")
 

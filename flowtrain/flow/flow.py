@@ -51,6 +51,7 @@ class Flow(nn.Module):
     Args:
         bijection: Maps data `(B, C, H, W)` to latents `(B, D)`.
         dequantizer: Maps integers to reals, or leaves `RealValued` data as they are.
+        shape: Shape of one image, `(C, H, W)`.
         class_prior: The part of a class-conditional model that depends on the class.
         image_context: The given part of an image. Likelihoods are then log P(x | context of x).
     """
@@ -93,6 +94,7 @@ class Flow(nn.Module):
 
     @property
     def initialization_images(self) -> int:
+        """The number of images for `initialize`."""
         layers = [module for module in self.modules() if isinstance(module, Bijection)]
         return max(layer.initialization_images for layer in layers)
 

@@ -54,6 +54,7 @@ class ImageContext:
 
     @property
     def shape(self) -> Shape:
+        """Shape of a context, `(C', H', W')`."""
         channels, height, width = self.image
         if self.kind == "grey":
             return 1, height, width

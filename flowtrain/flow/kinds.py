@@ -90,6 +90,10 @@ class QuantizedImages:
 class NoisyImages(QuantizedImages):
     """Images of integers 0..Q-1 with Gaussian noise: the model is a density of noisy images in
     [0, 1], in nats per dimension. It bounds no probability, so nothing about it is in bits.
+
+    Args:
+        num_bins: Q.
+        sigma: Standard deviation of the noise, where 0 is black and 1 is white.
     """
 
     unit = "nats/dim"

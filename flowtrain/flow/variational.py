@@ -35,6 +35,11 @@ class VariationalNoise(nn.Module):
     g is a chain of 1x1 convolutions and affine couplings of the two colours of a checkerboard in
     turn, at half the resolution if the height and the width are even. One network extracts from the
     image the features that all conditioners see.
+
+    Args:
+        shape: Shape of one image, `(C, H, W)`.
+        steps: Number of flow steps. Each is a 1x1 convolution and a coupling.
+        width: Channels of the hidden layers, and of the features of the image.
     """
 
     def __init__(self, shape: Shape, steps: int, width: int):

@@ -123,11 +123,15 @@ class ForeignLayer(Bijection):
 
 
 class ForeignBijection(Container):
-    """A foreign flow, not a copy, from data `(B, C, H, W)` to latents `(B, D)`, in float32 or
-    float64.
+    """A foreign flow from data `(B, C, H, W)` to latents `(B, D)`, in float32 or float64.
 
     Its layers are the library's. The flow itself calls them. If an executor is to call them,
     they are diverted to it for this one call.
+
+    Args:
+        flow: The flow of the contract. It is not copied.
+        shape: The shape of one image.
+        input_shape: The shape of one example for the flow.
     """
 
     def __init__(self, flow: Any, shape: Shape, input_shape: tuple[int, ...]):
