@@ -170,11 +170,11 @@ def of_attributes(
     ]
 
 
-def check_name(name: str) -> None:
-    """Raises `UserError` for an impossible name of an attribute."""
+def check_name(name: str, where: str = "") -> None:
+    """Raises `UserError`, whose message begins with `where`, for an impossible name."""
     if not name or name != cut(name, LONGEST_NAME) or name[0] == "-":
         raise UserError(
-            f"{cut(name)!r} cannot be the name of an attribute: give at most {LONGEST_NAME} "
+            f"{where}{cut(name)!r} cannot be the name of an attribute: give at most {LONGEST_NAME} "
             f"printable characters, not beginning with '-'"
         )
 
@@ -210,7 +210,7 @@ def load(path: Path, model: LoadedModel) -> dict[str, Direction]:
     found: dict[str, Direction] = {}
     for i, vector in enumerate(vectors):
         values = {key: column[i].item() for key, column in columns.items()}
-        check_name(name := values["name"])
+        check_name(name := values["name"], f"{path}: ")
         unit = abs(float(vector.norm()) - 1) < 1e-3
         if not unit or not np.isfinite([values[key] for key in NUMBERS]).all():
             raise UserError(f"{path}: {cut(name)}: its numbers are not a direction")

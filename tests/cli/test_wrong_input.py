@@ -112,6 +112,7 @@ TABLE = [
     ("sweep open.yaml --out new", "train.lr: expected a list of values, or low and high"),
     ("sweep sweep.yaml --images 9 --out new", "sweep.yaml: imagse: unknown key; did you mean"),
     ("sweep both.yaml --images 9 --out new", "both.yaml: train: unknown key"),
+    ("sweep a_sweep/sweep.yaml --out new", "sweep.yaml: base: a sweep's own plan; give"),
     ("evaluate run --mirror", "--mirror: the model was trained without mirror images"),
     ("evaluate run --data sub --split test", "--split test: sub has no splits"),
     ("evaluate run --data nope", "neither a data set", "mnist", "folder", ".png", ".npz"),

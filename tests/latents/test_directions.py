@@ -134,7 +134,7 @@ def some(model):
         ({"low": np.array([9.0, 9.0])}, "a: it is not the description of a direction"),
         ({"method": np.array(["guess", "guess"])}, "a: it is not the description"),
         ({"name": np.array(["a", "a"])}, "a: it is not the description"),
-        ({"name": np.array(["a", ""])}, "cannot be the name of an attribute"),
+        ({"name": np.array(["a", ""])}, "attributes.npz: '' cannot be the name of an attribute"),
         ({"orthogonal": np.array([1, 0])}, "orthogonal has the type int64, expected yes or no"),
     ],
 )

@@ -98,6 +98,8 @@ def sweep(
     given |= {"seconds": seconds, "images": images, "halving": halving}
     values |= {key: each for key, each in given.items() if each is not None}
     where = "sweep" if file is None else str(file)
+    if "base" in values:
+        raise UserError(f"{where}: base: a sweep's own plan; give its config.yaml as config")
     name, settings = values.pop("config", configfiles.DEMO), values.pop("set", [])
     if not isinstance(name, str) or not isinstance(settings, list):
         raise UserError(f"{where}: expected a name for config, and a list for set")
