@@ -352,7 +352,8 @@ def assert_guidance(bijection, x, given):
 def test_contract(name):
     bijection, x, context, build = a_row(name)
     with torch.no_grad():
-        assert_round_trips(bijection, x, context, 1e-11)
+        # Rounding of 1e-16, times condition numbers of up to 5e5 (glow-context) at values of 229.
+        assert_round_trips(bijection, x, context, 1e-10)
         z = bijection(x, context)[0]
     for function, point in ((bijection, x[:2]), (bijection.inverse, z[:2])):
         own = None if context is None else context[:2]

@@ -184,7 +184,8 @@ def test_weights_and_permutations_are_a_function_of_the_seed(model, noise, part,
 
 
 # {(model, transform, options): losses of five steps}, on fixed data, noise, weights and rates: in
-# bits/dim, or in nats of points. Options change the layers, of which one step is enough.
+# bits/dim, or in nats of points. Options change the layers, of which one step is enough. A chain of
+# whitening layers is short: white inputs have equal eigenvalues, whose directions are rounding.
 GOLDEN = {
     ("glow", "center", ""): [4.391193, 4.260745, 4.182455, 4.115993, 4.060753],
     ("realnvp", "logit", ""): [4.248842, 4.07444, 3.847991, 3.725912, 3.533388],
@@ -201,7 +202,8 @@ GOLDEN = {
     ("glow", "center", "coupling=additive permutation=reverse steps=[1,2]"): [4.427021],
     ("glow", "center", "coupling=spline bins=5 permutation=shuffle width=[6,4]"): [4.549824],
     ("glow", "center", "split=checkerboard permutation=conv1x1 conditioner=gated"): [4.344663],
-    ("glow", "center", "split=mixed steps=5 initialization=whitening prior=spline"): [4.281816],
+    ("glow", "center", "split=mixed steps=5 prior=spline"): [4.394624],
+    ("glow", "center", "steps=1 initialization=whitening"): [4.23712],
     ("glow", "center", "conditioner=gated blocks=2 prior=mixture components=3"): [4.504602],
     ("realnvp", "center", "levels=3 blocks=2"): [4.593109],
     ("realnvp", "center", "transform=spline"): [4.558935],
@@ -210,7 +212,7 @@ GOLDEN = {
     ("iaf", "center", "order=random transform=mixture layers=3"): [4.38284],
     ("tarflow", "center", "mixing=none bounded=false blocks=3"): [5.606771],
     ("jet", "center", "mixing=permutation bounded=false couplings=11"): [5.422601],
-    ("jet", "center", "couplings=31"): [4.87267],
+    ("jet", "center", "mixing=permutation couplings=31"): [13.011815],
     ("causal", "center", "token=4 attention=1 blocks=2"): [2.958334],
     ("causal", "center", "token=1 attention=1 pixels=true blocks=2"): [4.110974],
 }

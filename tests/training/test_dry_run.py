@@ -119,7 +119,7 @@ GROWING = {
     "mixture": ("glow", "fp32", {"levels": 1, "steps": 1, "width": 16, "coupling": "mixture"}),
     "realnvp": ("realnvp", "fp32", {"levels": 2, "width": 16, "blocks": 1}),
     "maf": ("maf", "fp32", {"layers": 2, "width": 64, "hidden_layers": 1}),
-    "tarflow": ("tarflow", "bf16", {"patch": 2, "width": 64, "blocks": 2, "layers": 1}),
+    "tarflow": ("tarflow", "fp32", {"patch": 2, "width": 64, "blocks": 2, "layers": 1}),
     "attention": ("causal", "bf16", ATTENTION),
     "jet": ("jet", "fp32", {"patch": 2, "width": 32, "couplings": 5, "layers": 1}),
     "cnf": ("cnf", "fp32", {"blocks": 1, "width": 16, "hidden_layers": 1}),
